@@ -11,10 +11,10 @@ no reward. Sections: 1. the algorithm, torch only, for any model; 2. SD3 through
 
 Notation. t = 0 is data and t = 1 is noise; c is the prompt, (/) the empty prompt, sg[] stops the gradient.
 
-    x_t = (1 - t) x_0 + t noise     v(x_t, t, c), a velocity, estimates noise - x_0     D = x_t - t v, the clean estimate
+    x_t = (1 - t) x_0 + t noise     v(x_t, t, c), a velocity, estimates noise - x_0     D = x_t - t v, clean estimate
     student     v_theta, D_theta    few-step generator, trained on every R-th iteration, starts as the teacher
     teacher     v_real, D_real      real score, never trained
-    fake_score  v_phi, D_fake       trained on every iteration, starts as the teacher, follows the student's distribution
+    fake_score  v_phi, D_fake       trained on every iteration, starts as the teacher, follows the student's outputs
     ema         theta_bar           the student's moving average: what is sampled from and exported
     anchor      x_{t_i}, t_i        a point of the student's own trajectory, one for each sample
     tau                             time at which a clean estimate is noised again, to be looked at by D_real and D_fake
@@ -23,7 +23,7 @@ From the paper to the code (Eqs. 1, 3-4 and 7 have numbers here; all else is cit
 
     clean estimate D                Eq. 1        clean_estimate
     dynamic continuous schedule     sec. 3.2     sample_schedule       N ~ U{1..N_max}, random inner times
-    backward simulation             sec. 3.2     backward_simulation   the student's ODE, without gradient, to the anchor
+    backward simulation             sec. 3.2     backward_simulation   the student's ODE, no gradient, to the anchor
     pseudo-target, weight w         sec. 3.1     pseudo_target_loss, dmd_weight
     L_CA, CFG augmentation          Eqs. 3-4     ca_loss               tau ~ U(0, t_i)
     L_DM, distribution matching     Eqs. 3-4     dm_loss               tau ~ U(0, 1]
@@ -39,56 +39,47 @@ architectures, EMA of anything but the student, logging services. Not in the pap
 from __future__ import annotations
 
 import argparse, contextlib, copy, itertools, json, math, os, random, re, resource, shutil, signal, sys, time, zlib
+from collections import namedtuple
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 # ======================================================================================================================
 # 1. The algorithm. It knows nothing of SD3, files or flags. A model is any callable model(x_t, t, cond) -> v with
-#    x_t, v: (B, ...), t: (B,) in [0, 1], cond: a tuple of tensors whose first axis is B. So are shapes below unless said.
+#    x_t, v: (B, ...), t: (B,) in [0, 1], cond: a tuple of tensors with first axis B. So are shapes below unless said.
 # ======================================================================================================================
-
 
 def _like(t, x):
     """Views times t, (B,) or scalar, so that they multiply x of shape (B, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
-
 def _rows(cond, rows):
     return tuple(c[rows] for c in cond)
-
 
 def clean_estimate(x_t, t, v):
     """D(x_t, t, c) = x_t - t v: the data point that the velocity points to.  (Eq. 1)"""
     return x_t - _like(t, x_t) * v
 
-
 def add_noise(x0, t, noise):
     """x_t = (1 - t) x0 + t noise: the straight path from data (t = 0) to noise (t = 1)."""
     return (1 - _like(t, x0)) * x0 + _like(t, x0) * noise
-
 
 def euler_step(x_t, t, s, v):
     """x_s = x_t + (s - t) v: along the velocity from time t to time s, down or up. With s = t' this is Eq. 7."""
     return x_t + _like(s - t, x_t) * v
 
-
 def shift_times(t, shift):
-    """t <- shift t / (1 + (shift - 1) t), as the teacher's scheduler does; SD3 has shift 3, so that 0.75 becomes 0.9."""
+    """t <- shift t / (1 + (shift - 1) t), as the teacher's scheduler does. SD3 has shift 3: 0.75 becomes 0.9."""
     return shift * t / (1 + (shift - 1) * t)
-
 
 def uniform_times(steps, shift=1.0):
     """The released sampling grid, (steps,): 1, 1 - 1/steps, ..., then shifted. 4 steps, shift 3: 1, 0.9, 0.75, 0.5."""
     return shift_times(1 - torch.arange(steps) / steps, shift)
 
-
-# -------------------------------------------------------------------- dynamic schedule and backward simulation (sec. 3.2)
-
+# ------------------------------------------------------------------ dynamic schedule and backward simulation (sec. 3.2)
 
 def sample_schedule(max_steps, low, high, shift=1.0, stratified=False, generator=None):
     """Draws N ~ U{1..max_steps} and times 1 = t_1 > t_2 > ... > t_N > 0, (N,) on the CPU.  (sec. 3.2)
@@ -103,22 +94,16 @@ def sample_schedule(max_steps, low, high, shift=1.0, stratified=False, generator
     inner = (low + (high - low) * u).sort(descending=True).values
     return shift_times(torch.cat([torch.ones(1), inner]), shift)
 
-
-class Anchor(NamedTuple):
-    """A point of the student's own trajectory for each sample: x_t, its time t, and the student's velocity v there."""
-
-    x_t: torch.Tensor
-    t: torch.Tensor
-    v: torch.Tensor
-
+# A point of the student's own trajectory for each sample: x_t, its time t, and the student's velocity v there.
+Anchor = namedtuple("Anchor", "x_t t v")
 
 @torch.no_grad()
 def backward_simulation(student, noise, schedule, index, cond, calls=0):
     """Integrates the student's ODE from pure noise, each sample to its own anchor and no further.  (sec. 3.2)
 
     noise: x at t_1 = 1; schedule: (N,) descending times; index: (B,) integers in [0, N), the anchors; both best on the
-    CPU, where looking at them costs no device synchronisation. Returns Anchor(x_t, t, v) at t = schedule[index]. Exactly
-    sum(index + 1) evaluations of a sample: step i evaluates those with index >= i.
+    CPU, where looking at them costs no device synchronisation. Returns Anchor(x_t, t, v) at t = schedule[index].
+    Exactly sum(index + 1) evaluations of a sample: step i evaluates those with index >= i.
     calls: how often to call the student at least. Under FSDP all ranks must call equally often, so a rank whose samples
     are done goes on with one-sample calls and drops their result.
     """
@@ -134,45 +119,37 @@ def backward_simulation(student, noise, schedule, index, cond, calls=0):
         x[:onward] = euler_step(x[:onward], t, s, v[:onward])
     return Anchor(x[back], schedule[index].to(noise), v[back])
 
-
 @torch.no_grad()
 def sample(model, noise, times, cond):
-    """Few-step generation: Euler from noise along `times`, (N,) descending from 1, and from the last one to 0.
-
-    Returns clean samples. N evaluations of a sample, no guidance (in diffusers' words: guidance_scale 1).
-    """
+    """Few-step generation: Euler from noise along `times`, (N,) descending from 1, then to 0. Returns x0."""
     x, times = noise, torch.cat([times, torch.zeros(1)]).to(noise)
     for t, s in zip(times[:-1], times[1:]):
         x = euler_step(x, t, s, model(x, t.expand(len(x)), cond))
     return x
 
-
-# ------------------------------------------------------------------------------ the losses (sec. 3.1, Eqs. 3-4; sec. 3.3)
-
+# ---------------------------------------------------------------------------- the losses (sec. 3.1, Eqs. 3-4; sec. 3.3)
 
 def dmd_weight(d_real, x0_hat, floor=0.1):
     """Per-sample weight w = 1 / max(mean |D_real - x0_hat|, floor), (B,); the mean is over all entries of a sample."""
     return 1 / (d_real - x0_hat).abs().flatten(1).mean(1).clamp(min=floor)
 
-
 def pseudo_target_loss(x0_hat, delta, w, log=None):
-    """The form that all losses share: regression of x0_hat on sg[x0_hat + w delta], so that its gradient is along -w delta.
+    """What all losses share: regression of x0_hat on the pseudo-target sg[x0_hat + w delta], a gradient along -w delta.
 
-    x0_hat: with gradient; delta: the direction; w: (B,). Returns a scalar. Convention, as released: no 1/2, mean over all
-    entries, so dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta. Adam does not see the
-    difference; clipping does, and the released limit of 1.0 belongs to this one. log: a dict to put figures into.
+    x0_hat: with gradient; delta: the direction; w: (B,). Returns a scalar. Convention, as released: no 1/2, mean over
+    all entries, so dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta. Adam does not
+    see the difference; clipping does, and the released limit of 1.0 belongs to this one. log: a dict for figures.
     """
     step = (_like(w, delta) * delta).detach()
     loss = F.mse_loss(x0_hat, x0_hat.detach() + step)
     if log is not None:
-        log.update(loss=loss.detach(), step=step, w=w.mean())
+        log.update(step=step, w=w.mean())
     return loss
-
 
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, scale, log=None):
     """L_CA, CFG augmentation: delta = scale [D_real(z, tau, c) - D_real(z, tau, (/))].  (sec. 3.1, Eqs. 3-4)
 
-    x0_hat: the student's clean estimate at its anchor; tau: (B,), to be drawn below the anchor's own time; noise: fresh;
+    x0_hat: the student's clean estimate at its anchor; tau: (B,), drawn below the anchor's own time; noise: fresh;
     scale: the guidance alpha; uncond: the empty prompt's condition. Two teacher evaluations. Returns a scalar.
     """
     with torch.no_grad():
@@ -181,7 +158,6 @@ def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, scale, log=None):
         d_uncond = clean_estimate(z, tau, teacher(z, tau, uncond))
         w = dmd_weight(d_cond, x0_hat)  # of the conditional estimate, not of the guided one
     return pseudo_target_loss(x0_hat, scale * (d_cond - d_uncond), w, log)
-
 
 def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise, log=None):
     """L_DM, distribution matching: delta = D_real(z, tau, c) - D_fake(z, tau, c).  (sec. 3.1, Eqs. 3-4)
@@ -196,20 +172,16 @@ def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise, log=None):
         w = dmd_weight(d_real, x0_hat)
     return pseudo_target_loss(x0_hat, d_real - d_fake, w, log)
 
-
 def fake_score_loss(fake_score, x0, cond, tau, noise):
-    """L_fake = || v_phi(z, tau, c) - (noise - x0) ||^2, mean over entries: flow matching on the student's clean estimates x0."""
+    """L_fake = || v_phi(z, tau, c) - (noise - x0) ||^2, mean over entries: flow matching on the student's x0."""
     x0 = x0.detach()
     return F.mse_loss(fake_score(add_noise(x0, tau, noise), tau, cond), noise - x0)
 
+# -------------------------------------------------------------------------------------------------------- one iteration
 
-# --------------------------------------------------------------------------------------------------------- one iteration
-
-
-def flag(default, text, **kwargs):
-    """A dataclass field that is a command-line flag too: default, help, least value (low=...), more for argparse."""
-    return field(default=default, metadata=dict(help=text, **kwargs))
-
+def flag(default, text, low=None, **more):
+    """A dataclass field that is a command-line flag too: default, help, least value, and more for argparse."""
+    return field(default=default, metadata={"low": low, "argparse": {"default": default, "help": text, **more}})
 
 @dataclass
 class CDM:
@@ -218,15 +190,15 @@ class CDM:
     ca_weight: float = flag(1.0, "weight of L_CA, CFG augmentation", low=0)
     dm_weight: float = flag(1.0, "weight of L_DM, distribution matching", low=0)
     cdm_weight: float = flag(1.0, "weight of L_CDM, continuous-time matching", low=0)
-    guidance: float = flag(7.0, "alpha in L_CA; L_CA + L_DM aim at the teacher with classifier-free guidance 1 + alpha", low=0)
+    guidance: float = flag(7.0, "alpha in L_CA; L_CA + L_DM aim at the teacher's CFG at scale 1 + alpha", low=0)
     schedule: str = flag("dynamic", "backward simulation's times: drawn anew in each iteration, or DMD2's fixed "
                                     "1, .75, .5, .25 (before the shift)", choices=("dynamic", "fixed"))
     max_schedule_steps: int = flag(28, "N_max, the most steps of a dynamic schedule", low=1)
     time_low: float = flag(0.25, "inner times are U[time-low, time-high] before the shift")
     time_high: float = flag(0.95, "see --time-low")
     stratified: bool = flag(False, "draw the inner times one per equal bin, the authors' later advice")
-    cdm_point: str = flag("euler", "where L_CDM looks: at Eq. 7's point, off the trajectory; on the trajectory, at the anchor "
-                                   "(t' = t_i); or at a Gaussian re-noising to t'", choices=("euler", "anchor", "renoise"))
+    cdm_point: str = flag("euler", "where L_CDM looks: off the trajectory by Eq. 7; on it, at the anchor (t' = t_i); "
+                                   "at a Gaussian re-noising to t'", choices=("euler", "anchor", "renoise"))
     tau_min: float = flag(0.02, "every drawn tau and t' is clamped to [tau-min, tau-max]")
     tau_max: float = flag(0.98, "see --tau-min")
     student_every: int = flag(2, "R, fake-score updates per student update", low=1)
@@ -237,37 +209,21 @@ class CDM:
     clip: float = flag(1.0, "gradient norm limit", low=1e-9)
     ema_decay: float = flag(0.999, "student EMA, warmed up as min((1 + n) / (10 + n), ema-decay)", low=0)
     fake_pull: float = flag(0.999, "beta of the fake score's pull to the student; 1 switches it off", low=0)
-    anchor_aware_fake: bool = flag(False, "NOT IN THE PAPER: tell the fake score from which time its clean estimate came")
+    anchor_aware_fake: bool = flag(False, "NOT IN THE PAPER: tell the fake score the time its input comes from")
     anchor_lr: float = flag(1e-3, "NOT IN THE PAPER: learning rate of the layer that tells it", low=0)
 
-
-@dataclass
-class Draw:
-    """All the randomness of one iteration, so that the iteration itself is a plain function."""
-
-    schedule: torch.Tensor  # (N,) times 1 = t_1 > ... > t_N, one schedule for all samples; on the CPU, like index
-    index: torch.Tensor  # (B,) anchor index of each sample, shared by the fake score and all three losses
-    t_off: torch.Tensor  # (B,) t', where L_CDM looks
-    tau: dict  # (B,) re-noising times of "ca", "dm", "cdm" and "fake"
-    noise: dict  # (B, ...) normal; "start" is x at t = 1, the others re-noise
-    calls: int  # least number of student calls in backward simulation: the same on every rank, 0 in a single process
-
-    def rows(self, r):
-        """The draw for rows r (a slice) of the batch."""
-        tau, noise = ({name: x[r] for name, x in d.items()} for d in (self.tau, self.noise))
-        return Draw(self.schedule, self.index[r], self.t_off[r], tau, noise, self.calls)
-
+# All the randomness of one iteration, so that the iteration itself is a plain function. schedule: (N,) times, one for
+# all samples; index: (B,) anchor indices, shared by the fake score and all losses; both on the CPU. t_off: (B,) t',
+# where L_CDM looks; tau: (B,) re-noising times of "ca", "dm", "cdm", "fake"; noise: (B, ...) normal: "start" is x at
+# t = 1, the others re-noise; calls: least number of student calls in backward simulation.
+Draw = namedtuple("Draw", "schedule index t_off tau noise calls")
 
 def generator(*key, device="cpu"):
     """A torch.Generator that is a function of its key, such as (seed, iteration): resuming needs no saved state."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
-
-def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), device="cpu"):
-    """The Draw of iteration k, a function of (seed, k), for rows `rows` of a global batch of samples of the given shape.
-
-    Every rank draws the whole batch and keeps its own rows, so the number of ranks changes nothing.
-    """
+def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), device="cpu", ranks=1):
+    """The Draw of iteration k, a function of (seed, k): rows `rows` of a global batch of samples of the given shape."""
     cpu, gen = generator(seed, k, "schedule"), generator(seed, k, "noise", device=device)
     schedule = uniform_times(4, shift)
     if cfg.schedule == "dynamic":
@@ -278,22 +234,19 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     u[1] *= t_i  # L_CA alone: tau ~ U(0, t_i), bounded by the anchor's own time
     u = u.clamp(cfg.tau_min, cfg.tau_max)
     names = ("start", "ca", "dm", "cdm", "fake") + (("off",) if cfg.cdm_point == "renoise" else ())
-    noise = {name: torch.randn(batch, *shape, generator=gen, device=device)[rows] for name in names}
-    calls = 0 if len(index) == batch else int(everyone.max()) + 1
-    return Draw(schedule, index, t_i if cfg.cdm_point == "anchor" else u[0], dict(zip(names[1:5], u[1:])), noise, calls)
-
+    noise = {name: torch.randn(batch, *shape, generator=gen, device=device)[rows] for name in names}  # however divided
+    t_off = t_i if cfg.cdm_point == "anchor" else u[0]
+    calls = int(everyone.max()) + 1 if ranks > 1 else 0  # ranks must call equally often, see backward_simulation
+    return Draw(schedule, index, t_off, dict(zip(names[1:5], u[1:])), noise, calls)
 
 class Learner:
-    """A network in training: its role (the callable model), its parameters by name, AdamW with warm-up and clipping.
-
-    groups: a list of (parameters by name, learning rate).
-    """
+    """A network in training. role: its model; groups: [(parameters by name, learning rate)]. AdamW, warm-up, clip."""
 
     def __init__(self, role, groups, cfg):
         self.role, self.cfg, self.updates = role, cfg, 0
         self.params = {name: p for params, _ in groups for name, p in params.items()}
-        groups = [dict(params=list(params.values()), lr=lr, base_lr=lr) for params, lr in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
+        groups = [dict(params=list(params.values()), base_lr=lr) for params, lr in groups]
+        self.optimizer = torch.optim.AdamW(groups, 0.0, (0.9, 0.999), 1e-8, cfg.weight_decay, fused=True)
 
     def step(self):
         """Clips, updates and frees the gradients. Returns their norm before clipping."""
@@ -305,13 +258,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)  # student and fake score never hold gradients at the same time
         return norm
 
-
 @torch.no_grad()
 def average_into(params, others, decay):
     """p <- decay p + (1 - decay) other, in place, for the parameters that `others` names."""
     for name, other in others.items():
         params[name].lerp_(other, 1 - decay)
-
 
 def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
     """Iteration k = 1, 2, ...: simulate, update the fake score, and every R-th time the student and its EMA too.
@@ -323,10 +274,9 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
     def record(name, value):
         stats[name] = stats.get(name, 0) + share * value.detach()
-
+        return value
     def student_estimate(x_t, t, cond):  # D_theta
         return clean_estimate(x_t, t, student.role(x_t, t, cond))
-
     def fake_from(t):  # the fake score; not in the paper: told the time t from which the clean estimate came
         return partial(fake_score.role, anchor_t=t) if cfg.anchor_aware_fake else fake_score.role
 
@@ -344,12 +294,11 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
     # Fake score, every iteration: flow matching on the student's clean estimates.
     for (cond, _, d), (anchor, x0, x_off) in zip(batches, points):
         t_from, half = anchor.t.clone(), slice(k % 2, None, 2)
-        if cfg.anchor_aware_fake and cfg.cdm_weight and len(x0[half]):  # not in the paper: L_CDM will ask it about t' too
+        if cfg.anchor_aware_fake and cfg.cdm_weight and len(x0[half]):  # not in the paper: L_CDM will ask about t' too
             with torch.no_grad():
                 x0[half], t_from[half] = student_estimate(x_off[half], d.t_off[half], _rows(cond, half)), d.t_off[half]
         loss = fake_score_loss(fake_from(t_from), x0, cond, d.tau["fake"], d.noise["fake"])
-        (share * loss).backward()
-        record("loss_fake", loss)
+        (share * record("loss_fake", loss)).backward()
     stats["grad_norm_fake"] = fake_score.step()
     average_into(fake_score.params, student.params, cfg.fake_pull)  # phi <- beta phi + (1 - beta) theta
     if k % cfg.student_every:
@@ -357,81 +306,72 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
     # Student, every R-th iteration: L_CA + L_DM at the anchor, from one student evaluation; L_CDM off the trajectory.
     for (cond, uncond, d), (anchor, _, x_off) in zip(batches, points):
-        logs = {"ca": {}, "dm": {}, "cdm": {}}
         if cfg.ca_weight or cfg.dm_weight:
-            x0_hat, loss = student_estimate(anchor.x_t, anchor.t, cond), 0
+            x0_hat, loss, ca, dm = student_estimate(anchor.x_t, anchor.t, cond), 0, {}, {}
             if cfg.ca_weight:
-                loss += cfg.ca_weight * ca_loss(
-                    x0_hat, teacher, cond, uncond, d.tau["ca"], d.noise["ca"], cfg.guidance, logs["ca"])
+                ca_args = teacher, cond, uncond, d.tau["ca"], d.noise["ca"], cfg.guidance, ca
+                loss += cfg.ca_weight * record("loss_ca", ca_loss(x0_hat, *ca_args))
+                record("w_ca", ca["w"])
             if cfg.dm_weight:
-                loss += cfg.dm_weight * dm_loss(
-                    x0_hat, teacher, fake_from(anchor.t), cond, d.tau["dm"], d.noise["dm"], logs["dm"])
+                dm_args = teacher, fake_from(anchor.t), cond, d.tau["dm"], d.noise["dm"], dm
+                loss += cfg.dm_weight * record("loss_dm", dm_loss(x0_hat, *dm_args))
+                record("w_dm", dm["w"])
             (share * loss).backward()  # now, so that only one graph is in memory at a time
+            if ca and dm:
+                record("cos_ca_dm", F.cosine_similarity(ca["step"].flatten(1), dm["step"].flatten(1)).mean())
         if cfg.cdm_weight:
-            x0_hat = student_estimate(x_off, d.t_off, cond)
-            loss = cfg.cdm_weight * dm_loss(
-                x0_hat, teacher, fake_from(d.t_off), cond, d.tau["cdm"], d.noise["cdm"], logs["cdm"])
+            x0_hat, cdm = student_estimate(x_off, d.t_off, cond), {}
+            cdm_args = teacher, fake_from(d.t_off), cond, d.tau["cdm"], d.noise["cdm"], cdm
+            loss = cfg.cdm_weight * record("loss_cdm", dm_loss(x0_hat, *cdm_args))
+            record("w_cdm", cdm["w"])
             (share * loss).backward()
-        for name, log in logs.items():
-            if log:
-                record(f"loss_{name}", log["loss"]), record(f"w_{name}", log["w"])
-        if logs["ca"] and logs["dm"]:
-            steps = (logs[name]["step"].flatten(1) for name in ("ca", "dm"))
-            record("cos_ca_dm", F.cosine_similarity(*steps).mean())
     n = student.updates
     stats["grad_norm_student"] = student.step()
     average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))  # theta_bar
     return stats
 
-
 # ======================================================================================================================
-# 2. SD3: loading, prompts to conditions, a transformer as a model, decoding. What diffusers does well is left to it.
-# ======================================================================================================================
+# 2. SD3: loading, prompts to conditions, a transformer as a model, images. What diffusers does well is left to it.
 
 # The id that people type holds single-file checkpoints only; its sibling has the layout that diffusers loads.
 SIBLINGS = {"stabilityai/stable-diffusion-3-medium": "stabilityai/stable-diffusion-3-medium-diffusers"}
 # The released LoRA targets: attention projections and feed-forward layers of the image and of the text stream.
-LORA_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-                "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-
+LORA_TARGETS = [f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()]
+LORA_TARGETS += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 class Mistake(Exception):
-    """Something that the user can mend, in one sentence: what is wrong and what to do. main() prints it and exits with 2."""
-
+    """Something the user can mend, in one sentence: what is wrong and what to do. main() prints it and exits with 2."""
 
 def require(condition, sentence):
     if not condition:
         raise Mistake(sentence)
 
-
 def resolve_teacher(name):
-    """A folder or hub id -> one that `StableDiffusion3Pipeline.from_pretrained` can load. Raises Mistake if there is none."""
+    """A folder or hub id -> one that `StableDiffusion3Pipeline.from_pretrained` loads. Raises Mistake if it is none."""
     index = Path(name) / "model_index.json"
     if not os.path.isdir(name):
         from huggingface_hub import errors, hf_hub_download
-
         name = SIBLINGS.get(name, name)
-        reasons = [(errors.GatedRepoError, "is gated"), (errors.RepositoryNotFoundError, "is unknown to the hub, or private"),
-                   (errors.HFValidationError, "is neither a folder nor a hub id"),
-                   (errors.RemoteEntryNotFoundError, "has no model_index.json, so it is not in diffusers layout"),
-                   (Exception, "is no folder here, cannot be reached on the hub and is not in the local cache")]
+        reasons = {errors.GatedRepoError: "is gated", errors.RepositoryNotFoundError: "is unknown, or private",
+                   errors.HFValidationError: "is neither a folder nor a hub id",
+                   errors.RemoteEntryNotFoundError: "is not in diffusers layout: it has no model_index.json",
+                   Exception: "is no folder here, cannot be reached on the hub and is not in the local cache"}
         try:
             index = hf_hub_download(name, "model_index.json")
         except Exception as e:
-            reason = next(text for kind, text in reasons if isinstance(e, kind))
-            raise Mistake(f"--teacher {name} {reason}: check the id, accept its licence at https://huggingface.co/{name} and "
-                          "log in with `hf auth login`, or give a pipeline folder.")
+            reason = next(text for kind, text in reasons.items() if isinstance(e, kind))
+            raise Mistake(f"--teacher {name} {reason}: check it, accept its licence at https://huggingface.co/{name} "
+                          "and log in with `hf auth login`, or give a pipeline folder.")
     try:
         kind = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         kind = "nothing"
     require(kind == "StableDiffusion3Pipeline",
-            f"--teacher {name} is not an SD3 pipeline: its model_index.json names {kind}, not StableDiffusion3Pipeline.")
+            f"--teacher {name} is no SD3 pipeline: its model_index.json names {kind}; give a StableDiffusion3Pipeline.")
     return name
 
-
 class AnchorTime(torch.nn.Module):
-    """NOT IN THE PAPER, --anchor-aware-fake: sin/cos features of a time (B,) through a linear layer, zero at first, (B, width)."""
+    """NOT IN THE PAPER, --anchor-aware-fake: sin/cos features of a time, (B,) -> (B, width), zero at first."""
 
     def __init__(self, width, features=64):
         super().__init__()
@@ -443,12 +383,11 @@ class AnchorTime(torch.nn.Module):
         angle = t[:, None] * self.frequency
         return self.linear(torch.cat([angle.sin(), angle.cos()], 1))
 
-
 class Role:
-    """An SD3 transformer as a model(x_t, t, cond) -> v; x_t, v: (B, C, h, w) float32; cond: text embeddings and pooled ones.
+    """An SD3 transformer as a model(x_t, t, cond) -> v: x_t, v (B, C, h, w) float32; cond: text and pooled embeddings.
 
-    adapter: with LoRA the three roles share one transformer, and this names the role's adapter ("" is the teacher: the
-    bare base); None without LoRA. anchor_time: an AnchorTime, for the anchor-aware fake score.
+    adapter: with LoRA the three roles share one transformer; this names the role's adapter, "" is the teacher, the bare
+    base, and None is without LoRA. anchor_time: an AnchorTime, for the anchor-aware fake score.
     """
 
     def __init__(self, transformer, timesteps, adapter=None, anchor_time=None):
@@ -463,12 +402,12 @@ class Role:
         if self.adapter:
             net.set_adapter(self.adapter)
         for name, p in net.named_parameters():
-            p.requires_grad_("lora_" in name)  # set_adapter froze the other adapter, whose backward may still be to come
+            p.requires_grad_("lora_" in name)  # set_adapter froze the other adapter, whose backward may be yet to come
 
     def __call__(self, x_t, t, cond, anchor_t=None):
         self.activate()
         embeds, pooled = cond
-        # No autocast cache: one forward pass uses each weight once, and the cache would keep a bf16 copy of them all.
+        # No autocast cache: a forward pass uses each weight once, and the cache would keep a bf16 copy of them all.
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.device.type == "cuda", cache_enabled=False):
             if anchor_t is not None:
                 pooled = pooled + self.anchor_time(anchor_t).to(pooled.dtype)
@@ -478,43 +417,38 @@ class Role:
             v.register_hook(self.activate)  # backward, and recomputation in it, run under the forward pass's adapter
         return v
 
-
 class SD3:
-    """A frozen StableDiffusion3Pipeline as the algorithm needs it: conditions, latent shape, shift, decoding.
+    """A frozen StableDiffusion3Pipeline as the algorithm needs it: conditions, latent shape, shift, images."""
 
-    student: for --generate, a folder whose transformer or LoRA file takes the place of the teacher's transformer.
-    Raises Mistake where id, folder or resolution cannot be used.
-    """
-
-    def __init__(self, args, device, student=None):
+    def __init__(self, args, device, student=None):  # student: a folder that replaces the transformer, for --generate
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ.setdefault(name, "error")  # importing diffusers tells of optional packages that nobody misses here
+            os.environ.setdefault(name, "error")  # importing diffusers tells of optional packages that nobody misses
         import diffusers
         import transformers
-
         diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
         self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
         self.name = resolve_teacher(args.teacher)
         lora = student and Path(student, "pytorch_lora_weights.safetensors").exists()
         where, subfolder = (student, None) if student and not lora else (self.name, "transformer")
-        dtype = self.dtype if student or args.lora_rank else torch.float32  # what is fully fine-tuned starts from float32
+        dtype = self.dtype if student or args.lora_rank else torch.float32  # full fine-tuning starts from float32
         without = dict(text_encoder_3=None) if args.no_t5 else {}  # its tokenizer stays, for the sequence length
         try:
             net = diffusers.SD3Transformer2DModel.from_pretrained(where, subfolder=subfolder, dtype=dtype)
-            self.pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(self.name, transformer=net, dtype=self.dtype, **without)
+            self.pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+                self.name, transformer=net, dtype=self.dtype, **without)
             if lora:
                 self.pipe.load_lora_weights(student)
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise Mistake(f"{where} cannot be loaded as an SD3 model: {' '.join(str(e).split())[:300]}")
-        for module in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3, net):
-            if module is not None:
-                module.requires_grad_(False).eval().to(device)
+        encoders = self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3
+        for module in filter(None, (*encoders, self.pipe.vae, net)):
+            module.requires_grad_(False).eval().to(device)
         scale, config, scheduler = self.pipe.vae_scale_factor, net.config, self.pipe.scheduler.config
         self.transformer, self.shift, self.timesteps = net, scheduler.shift, scheduler.num_train_timesteps
         self.resolution, patch = args.resolution or config.sample_size * scale, config.patch_size * scale
-        require(self.resolution % patch == 0 and self.resolution <= config.pos_embed_max_size * patch,
-                f"--resolution {self.resolution} does not fit {self.name}: use a multiple of {patch} up to "
-                f"{config.pos_embed_max_size * patch}.")
+        largest = config.pos_embed_max_size * patch
+        require(self.resolution % patch == 0 and self.resolution <= largest,
+                f"--resolution {self.resolution} does not fit {self.name}: give a multiple of {patch} up to {largest}.")
         self.shape = (config.in_channels, self.resolution // scale, self.resolution // scale)
         self.tokens = min(256, self.pipe.tokenizer_3.model_max_length)
         self.empty = self.encode([""])
@@ -522,8 +456,8 @@ class SD3:
     @torch.no_grad()
     def encode(self, prompts):
         """Prompts -> cond: text embeddings (B, tokens, width), pooled embeddings (B, pooled)."""
-        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device=self.device,
-                                                       do_classifier_free_guidance=False, max_sequence_length=self.tokens)
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, self.device, do_classifier_free_guidance=False, max_sequence_length=self.tokens)
         return embeds, pooled
 
     def uncond(self, n):
@@ -532,29 +466,23 @@ class SD3:
 
     def guided(self, model, scale):
         """The model under classifier-free guidance, v(empty) + scale [v(c) - v(empty)]. Two evaluations."""
-
         def guided_model(x_t, t, cond):
             v = model(x_t, t, self.uncond(len(x_t)))
             return v + scale * (model(x_t, t, cond) - v)
-
         return guided_model
 
     @torch.no_grad()
     def images(self, model, noise, times, prompts):
-        """Samples one PIL image a prompt, one at a time to bound the memory. noise: (1, C, h, w) each, on the CPU."""
+        """One PIL image a prompt, one at a time to bound the memory. noise: (1, C, h, w) each, on the CPU."""
         vae, images = self.pipe.vae, []
         for z, prompt in zip(noise, prompts):
-            latent = sample(model, z.to(self.device), times, self.encode([prompt]))
-            latent = latent / vae.config.scaling_factor + vae.config.shift_factor
-            image = vae.decode(latent.to(vae.dtype)).sample.float()
-            images += self.pipe.image_processor.postprocess(image, output_type="pil")
+            x0 = sample(model, z.to(self.device), times, self.encode([prompt]))
+            x0 = (x0 / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+            images += self.pipe.image_processor.postprocess(vae.decode(x0).sample.float(), output_type="pil")
         return images
-
 
 # ======================================================================================================================
 # 3. Running: settings, prompts, files, the loop, the command line.
-# ======================================================================================================================
-
 
 @dataclass
 class Settings(CDM):
@@ -581,50 +509,42 @@ class Settings(CDM):
     sample_steps: int = flag(4, "--generate: 1 to 50 steps on the released grid 1, 1 - 1/steps, ... (shifted)", low=1)
     times: str = flag(None, "--generate: explicit times instead, as they are, such as 1,0.9,0.75,0.5")
 
-
-# A run can only be continued with the same of these, and the same prompts.
-SAME = [f.name for f in fields(CDM)] + ["teacher", "batch_size", "resolution", "seed", "lora_rank", "no_t5"]
-
-
 def parse_args(argv=None):
     """Settings from the command line, a flag for each field. Raises Mistake for what cannot work; writes nothing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
     for f in fields(Settings):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {"type": {"int": int, "float": float}.get(f.type, str)}
-        known = {key: value for key, value in f.metadata.items() if key != "low"}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **{**kind, "default": f.default, **known})
+        kind = {"type": {"int": int, "float": float}.get(f.type, str)}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else kind
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata["argparse"])
     args = Settings(**vars(parser.parse_args(argv)))
     for f in fields(Settings):
-        low, value = f.metadata.get("low"), getattr(args, f.name)
+        low, value = f.metadata["low"], getattr(args, f.name)
         require(low is None or value is None or low <= value < math.inf,
                 f"--{f.name.replace('_', '-')} is {value}: give {low} or more.")
-    require(args.ca_weight or args.dm_weight or args.cdm_weight, "all of --ca-weight, --dm-weight, --cdm-weight are 0.")
+    require(args.ca_weight or args.dm_weight or args.cdm_weight, "--ca-weight, --dm-weight, --cdm-weight: all 0.")
     require(args.ema_decay <= 1 and args.fake_pull <= 1, "--ema-decay and --fake-pull must be from 0 to 1.")
     require(0 < args.time_low < args.time_high < 1, "--time-low must be below --time-high, both between 0 and 1.")
     require(0 < args.tau_min < args.tau_max < 1, "--tau-min must be below --tau-max, both between 0 and 1.")
     require(args.sample_steps <= 50, f"--sample-steps is {args.sample_steps}: give 1 to 50.")
     require(args.device != "cuda" or torch.cuda.is_available(), "there is no CUDA device: use --device cpu.")
     if args.times:
-        try:
-            args.times = [float(t) for t in args.times.split(",")]
-            assert args.times[0] == 1 and all(0 < s < t for t, s in zip(args.times, args.times[1:]))
-        except (ValueError, AssertionError):
-            raise Mistake(f"--times {args.times}: give falling times from 1 (noise) and above 0, as in 1,0.9,0.75,0.5.")
+        times = [float(t) if re.fullmatch(r"\d*\.?\d+", t.strip()) else 0 for t in args.times.split(",")]
+        require(times[:1] == [1] and all(0 < s < t for t, s in zip(times, times[1:])),
+                f"--times {args.times}: give times that fall from 1, pure noise, and stay above 0: 1,0.9,0.75,0.5.")
+        args.times = times
     return args
 
-
 def read_prompts(path=None):
-    """The prompts of a UTF-8 file, one a line, without blanks and duplicates. Without a file: 3,840 composed ones."""
+    """The prompts of a UTF-8 file, one a line, without blanks and duplicates. Without a file: 4,212 composed ones."""
     if path is None:
-        what = ("a red fox", "an old fisherman", "a glass teapot", "a steam locomotive", "two children with kites",
-                "a barn owl", "a bowl of ramen", "a robot gardener", "a ballet dancer", "a vintage motorcycle", "a bookshop",
-                "a sleeping cat", "a street musician", "a wooden violin", "a woman in a yellow raincoat", "an astronaut")
-        where = ("in a misty forest", "on a rocky coast", "in a busy city at night", "in a sunlit kitchen",
-                 "under a stormy sky", "beside a quiet lake", "in a narrow alley", "on a snowy ridge")
-        light = "soft morning light", "golden hour", "dramatic side lighting", "neon glow", "overcast daylight", "candlelight"
-        style = "a photograph", "an oil painting", "a watercolor", "a pencil drawing", "a 3D render"
-        prompts = [f"{s} of {a} {b}, {c}" for a, b, c, s in itertools.product(what, where, light, style)]
+        lists = ("a photograph/an oil painting/a watercolor/a pencil drawing/a 3D render/a woodcut",
+                 "a red fox/an old fisherman/a glass teapot/a steam locomotive/a barn owl/a bowl of ramen/an astronaut/"
+                 "a robot/a ballet dancer/a wooden violin/a street musician/a child with a kite/a woman in a raincoat",
+                 "in a misty forest/on a rocky coast/in a city at night/in a sunlit room/under a stormy sky/by a lake/"
+                 "in a narrow alley/on a snowy ridge/in a greenhouse",
+                 "soft morning light/golden hour/dramatic side lighting/neon glow/overcast daylight/candlelight")
+        prompts = ["{} of {} {}, {}".format(*w) for w in itertools.product(*(x.split("/") for x in lists))]
         random.Random(0).shuffle(prompts)
         return prompts
     try:
@@ -635,29 +555,24 @@ def read_prompts(path=None):
     require(prompts, f"--prompts {path} holds no prompt: write one a line.")
     return prompts
 
-
 def shard(module, device):
-    """FSDP2: shards a network over all ranks, in place, block by block; on CUDA bf16 compute and float32 reduction."""
+    """FSDP2: shards a network over all ranks, in place, block by block; on CUDA bf16 compute, float32 reduction."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
     for part in (*getattr(module, "transformer_blocks", ()), module):
         fully_shard(part, mesh=mesh, mp_policy=policy)
 
-
 def full(x):
     """A sharded tensor gathered from all ranks; any other as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
-
 
 def like(x, p):
     """The reverse of full: the whole tensor x on p's device, sharded as p is sharded."""
     if hasattr(p, "device_mesh") and x.shape == p.shape:
         return torch.distributed.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
     return x.to(p.device)
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -672,39 +587,34 @@ def replacing(path):
     shutil.rmtree(path, ignore_errors=True)
     tmp.rename(path)
 
-
 def draw_grid(rows, path):
     """Writes one PNG from rows of (label, PIL images), each image 64 to 512 pixels a side."""
     from PIL import Image, ImageDraw, ImageFont
-
     side, strip = min(max(rows[0][1][0].width, 64), 512), 20
     canvas = Image.new("RGB", (side * len(rows[0][1]), (side + strip) * len(rows)), "white")
     for y, (label, images) in enumerate(rows):
         ImageDraw.Draw(canvas).text((4, y * (side + strip) + 2), label, fill="black", font=ImageFont.load_default(13))
         for x, image in enumerate(images):
-            image = image.resize((side, side), Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS)
-            canvas.paste(image, (x * side, y * (side + strip) + strip))
+            how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            canvas.paste(image.resize((side, side), how), (x * side, y * (side + strip) + strip))
     canvas.save(path)
 
-
 class Run:
-    """One training run: the three roles, the EMA, the prompts; log, samples, checkpoints and export in --output-dir."""
+    """One training run: the three roles, the EMA, the prompts; log, samples, checkpoints, export in --output-dir."""
 
     def __init__(self, args, device, rank=0, world=1):
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.k, self.stop, self.reference, self.folder = 0, False, [], Path(args.output_dir)
         self.log = self.folder / "log.jsonl"
         require(args.resume or not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()),
-                f"--output-dir {args.output_dir} is in use: add --resume to continue a run, or choose another.")
-        require(self.log.exists() or not args.resume,
-                f"--resume: there is no run in --output-dir {args.output_dir}; leave --resume out to start one.")
+                f"--output-dir {self.folder} is in use: add --resume to continue a run, or choose another.")
+        require(self.log.exists() or not args.resume, f"--resume: there is no run in {self.folder}; start it without.")
         args.batch_size = args.batch_size or 16 * world
-        require(args.batch_size % world == 0, f"--batch-size {args.batch_size} must be a multiple of the {world} processes.")
         self.batch = args.batch_size // world
-        at_most = 4 if device.type == "cuda" else self.batch
-        args.micro_batch_size = args.micro_batch_size or max(m for m in range(1, at_most + 1) if self.batch % m == 0)
-        require(self.batch % args.micro_batch_size == 0,
-                f"--micro-batch-size {args.micro_batch_size} must divide the {self.batch} samples of each process.")
+        most = 4 if device.type == "cuda" else self.batch
+        args.micro_batch_size = args.micro_batch_size or math.gcd(most, self.batch) or 1
+        require(args.batch_size % (world * args.micro_batch_size) == 0, f"--batch-size {args.batch_size} must be a "
+                f"multiple of {world} process(es) times --micro-batch-size {args.micro_batch_size}.")
         self.prompts, self.sd3 = read_prompts(args.prompts), SD3(args, device)
         args.teacher, args.resolution = self.sd3.name, self.sd3.resolution
         self.build()
@@ -714,17 +624,16 @@ class Run:
     def build(self):
         """Teacher, student and fake score as roles, the latter two as Learners; the student's EMA."""
         args, net, trained = self.args, self.sd3.transformer, ("student", "fake_score")
+        nets = dict.fromkeys(("teacher", *trained), net)
         if args.lora_rank:  # three roles on one frozen base
             from peft import LoraConfig
-
             torch.manual_seed(args.seed)  # the one draw from the global generator
             for name in trained:
-                net.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_TARGETS), name)
+                net.add_adapter(LoraConfig(args.lora_rank, LORA_TARGETS, lora_alpha=2 * args.lora_rank), name)
             for name, p in net.named_parameters():
                 p.data = p.data.float() if "lora_" in name else p.data
-            nets = {"teacher": net, "student": net, "fake_score": net}
         else:  # three networks, of which the frozen one needs no float32
-            nets = {"teacher": copy.deepcopy(net).to(self.sd3.dtype), "student": net, "fake_score": copy.deepcopy(net)}
+            nets |= {"teacher": copy.deepcopy(net).to(self.sd3.dtype), "fake_score": copy.deepcopy(net)}
             nets["student"].requires_grad_(True), nets["fake_score"].requires_grad_(True)
         self.sd3.pipe.transformer = nets["teacher"]
         anchor_time = AnchorTime(net.config.pooled_projection_dim).to(self.device) if args.anchor_aware_fake else None
@@ -736,8 +645,8 @@ class Run:
                 module.enable_gradient_checkpointing()
             adapter = None if not args.lora_rank else name if name in trained else ""
             roles[name] = Role(module, self.sd3.timesteps, adapter, anchor_time if name == "fake_score" else None)
-            mine = f".{name}." if args.lora_rank else ""
-            params[name] = {n.replace(mine, ".") if mine else n: p for n, p in module.named_parameters() if mine in n}
+            params[name] = {n.replace(f".{name}.", "."): p for n, p in module.named_parameters()
+                            if not args.lora_rank or f".{name}." in n}
         groups = [(params["fake_score"], args.fake_lr)]
         if anchor_time:
             groups.append(({f"anchor_time.{n}": p for n, p in anchor_time.named_parameters()}, args.anchor_lr))
@@ -747,18 +656,17 @@ class Run:
 
     def micro_batches(self, k):
         """Iteration k's (cond, uncond, Draw) for this rank's rows of the global batch, in micro-batches."""
-        args, mine = self.args, slice(self.rank * self.batch, (self.rank + 1) * self.batch)
-        chosen = torch.randint(len(self.prompts), (args.batch_size,), generator=generator(args.seed, k, "prompts"))[mine]
-        draw = draw_iteration(args, args.seed, k, args.batch_size, self.sd3.shape, self.sd3.shift, mine, self.device)
-        for i in range(0, self.batch, args.micro_batch_size):
+        args, sd3, first = self.args, self.sd3, self.rank * self.batch
+        chosen = torch.randint(len(self.prompts), (args.batch_size,), generator=generator(args.seed, k, "prompts"))
+        for i in range(first, first + self.batch, args.micro_batch_size):
             rows = slice(i, i + args.micro_batch_size)
-            cond = self.sd3.encode([self.prompts[j] for j in chosen[rows]])
-            yield cond, self.sd3.uncond(len(cond[0])), draw.rows(rows)
+            of = args.seed, k, args.batch_size, sd3.shape, sd3.shift, rows, self.device, self.world
+            cond = sd3.encode([self.prompts[j] for j in chosen[rows]])
+            yield cond, sd3.uncond(args.micro_batch_size), draw_iteration(args, *of)
 
     def train(self):
         """The loop: iterate, log, sample, save; at the end, or after a signal, export."""
         from tqdm import tqdm
-
         args = self.args
         if self.rank == 0:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True), self.log.touch()
@@ -772,26 +680,24 @@ class Run:
             if self.world > 1:
                 torch.distributed.all_reduce(values)
             values = dict(zip(stats, (values / self.world).tolist()))  # the loop's one synchronisation with the device
-            for name, x in values.items():
-                require(math.isfinite(x), f"{name} is not finite at iteration {k}: the run stops, and its last checkpoint stays "
-                                          "as it was; start again with lower learning rates.")
+            bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
+            require(not bad, f"{bad} not finite at iteration {k}: the run ends, its last checkpoint stays as it was; "
+                             "start again with lower learning rates.")
             stop = values.pop("stop") > 0
             self.k, begun, seconds = k, time.perf_counter(), time.perf_counter() - begun
             bar.set_postfix({n[5:]: f"{x:.3g}" for n, x in values.items() if n.startswith("loss_")})
             if k % args.student_every == 0 and self.rank == 0:
-                peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                if self.device.type == "cuda":
-                    peak = torch.cuda.max_memory_allocated()
-                line = {"iteration": k, **values, "N": len(batches[0][2].schedule), "seconds": seconds, "peak_gib": peak / 2**30}
+                peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                values |= {"N": len(batches[0][2].schedule), "seconds": seconds, "peak_gib": peak / 2**30}
                 with open(self.log, "a") as f:
-                    f.write(json.dumps(line) + "\n")
-            if args.sample_every and (k % args.sample_every == 0 or k == args.iterations or stop):
+                    f.write(json.dumps({"iteration": k} | values) + "\n")
+            last = stop or k == args.iterations
+            if args.sample_every and (k % args.sample_every == 0 or last):
                 self.draw_samples()
-            if k % args.save_every == 0 or k == args.iterations or stop:
+            if k % args.save_every == 0 or last:
                 self.save()
             if stop:
                 break
-        bar.close()
         self.export()
 
     @torch.no_grad()
@@ -803,21 +709,21 @@ class Run:
 
     def draw_samples(self):
         """samples/step_NNNNNN.png: the EMA student's images under the teacher's, for fixed prompts and noise."""
-        args, sd3 = self.args, self.sd3
+        args, sd3, few = self.args, self.sd3, uniform_times(4, self.sd3.shift)
         prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
-        noise = [torch.randn(1, *sd3.shape, generator=generator(args.seed, "sample", i)) for i in range(args.sample_count)]
-        few = uniform_times(4, sd3.shift)
+        seeds = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
+        noise = [torch.randn(1, *sd3.shape, generator=g) for g in seeds]
         if not self.reference:  # drawn once
             sd3.pipe.scheduler.set_timesteps(28)
             many, scale = sd3.pipe.scheduler.sigmas[:-1].cpu(), 1 + args.guidance * (args.ca_weight > 0)
-            self.reference = [
-                (f"teacher, 28 steps, guidance {scale:g}", sd3.images(sd3.guided(self.teacher, scale), noise, many, prompts)),
-                ("teacher, 4 steps, no guidance", sd3.images(self.teacher, noise, few, prompts))]
+            guided = sd3.guided(self.teacher, scale)
+            self.reference = [(f"teacher, 28 steps, guidance {scale:g}", sd3.images(guided, noise, many, prompts)),
+                              ("teacher, 4 steps, no guidance", sd3.images(self.teacher, noise, few, prompts))]
         self.swap_ema()
-        rows = [*self.reference, (f"student, 4 steps, iteration {self.k}", sd3.images(self.student.role, noise, few, prompts))]
+        student = f"student, 4 steps, iteration {self.k}", sd3.images(self.student.role, noise, few, prompts)
         self.swap_ema()
         if self.rank == 0:
-            draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
+            draw_grid([*self.reference, student], self.folder / "samples" / f"step_{self.k:06d}.png")
 
     def state(self):
         """Every tensor that training changes, by file and name. All else is a function of the settings and k."""
@@ -829,16 +735,14 @@ class Run:
 
     def identity(self):
         """What must be the same in a run and its continuation."""
-        same = {name: getattr(self.args, name) for name in SAME} | {"prompts": zlib.crc32("\n".join(self.prompts).encode())}
-        return same | {"teacher": str(Path(self.sd3.name).resolve()) if os.path.isdir(self.sd3.name) else self.sd3.name}
-
-    def checkpoints(self):
-        return sorted(p for p in self.folder.glob("checkpoint_*") if not p.suffix)
+        names = [f.name for f in fields(CDM)] + ["batch_size", "resolution", "seed", "lora_rank", "no_t5"]
+        teacher = os.path.realpath(self.sd3.name) if os.path.isdir(self.sd3.name) else self.sd3.name
+        prompts = zlib.crc32("\n".join(self.prompts).encode())
+        return {"teacher": teacher, "prompts": prompts} | {name: getattr(self.args, name) for name in names}
 
     def save(self):
-        """checkpoint_NNNNNN: safetensors and state.json. A kill at any moment leaves a whole one; the newest two are kept."""
+        """checkpoint_NNNNNN: safetensors, state.json. A kill at any moment leaves a whole one; two are kept."""
         from safetensors.torch import save_file
-
         files = {file: {n: full(x).detach().contiguous() for n, x in ts.items()} for file, ts in self.state().items()}
         if self.rank:
             return
@@ -846,67 +750,64 @@ class Run:
             for file, tensors in files.items():
                 save_file(tensors, folder / f"{file}.safetensors")
             (folder / "state.json").write_text(json.dumps({"iteration": self.k, "settings": self.identity()}, indent=1))
-        for old in self.checkpoints()[:-2]:
+        for old in sorted(self.folder.glob("checkpoint_??????"))[:-2]:
             shutil.rmtree(old)
 
     @torch.no_grad()
     def resume(self):
-        """Loads the newest checkpoint, if there is one already. Raises Mistake if the run was made with other settings."""
+        """Loads the newest checkpoint, if there is one yet. Raises Mistake if the run was made with other settings."""
         from safetensors.torch import load_file
-
-        for newest in self.checkpoints()[-1:]:
+        for newest in sorted(self.folder.glob("checkpoint_??????"))[-1:]:
             was = json.loads((newest / "state.json").read_text())
-            for name, value in self.identity().items():
-                before = was["settings"].get(name)
-                require(value == before, f"--resume: --{name.replace('_', '-')} is {value}, but the run was made with {before}.")
+            for name, now in self.identity().items():
+                old = was["settings"].get(name)
+                require(now == old, f"--resume: --{name.replace('_', '-')} is {now}, but the run was made with {old}.")
             self.k = was["iteration"]
             self.fake_score.updates, self.student.updates = self.k, self.k // self.args.student_every
-            learners = {"student_adamw": self.student, "fake_score_adamw": self.fake_score}
             for file, tensors in self.state().items():
+                learner = {"student_adamw": self.student, "fake_score_adamw": self.fake_score}.get(file)
                 for name, x in load_file(newest / f"{file}.safetensors").items():
-                    if file in learners:
-                        name, key = name.split(":")
-                        learners[file].optimizer.state[learners[file].params[name]][key] = like(x, learners[file].params[name])
-                    else:
-                        tensors[name].copy_(like(x, tensors[name]))
-        lines = [line for line in self.log.read_text().splitlines(True) if line.endswith("\n")]
-        lines = [line for line in lines if json.loads(line)["iteration"] <= self.k]  # the others will be written again
+                    name, _, key = name.partition(":")
+                    p = learner.params[name] if learner else tensors[name]
+                    learner.optimizer.state[p].update({key: like(x, p)}) if learner else p.copy_(like(x, p))
+        lines = self.log.read_text().splitlines(True)  # keep those up to the checkpoint: the others will come again
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.k]
         self.log.with_suffix(".tmp").write_text("".join(lines))
         self.log.with_suffix(".tmp").rename(self.log)
 
     def export(self):
         """student/: the EMA student as diffusers loads it, a transformer folder or a LoRA file, and a README."""
-        args, net, weights = self.args, self.student.role.transformer, {n: full(x) for n, x in self.ema.items()}
+        net, weights = self.student.role.transformer, {n: full(x) for n, x in self.ema.items()}
         if self.rank:
             return
         with replacing(self.folder / "student") as folder:
-            if args.lora_rank:  # with its settings, or it would load with alpha = rank
-                type(self.sd3.pipe).save_lora_weights(folder, transformer_lora_layers=weights,
-                                                      transformer_lora_adapter_metadata=net.peft_config["student"].to_dict())
-                load = 'pipe = StableDiffusion3Pipeline.from_pretrained("{}", dtype=torch.bfloat16)\npipe.load_lora_weights("{}")'
+            load = 'pipe = StableDiffusion3Pipeline.from_pretrained("{0}", dtype=torch.bfloat16)'
+            if self.args.lora_rank:  # with its settings, or it would load with alpha = rank
+                type(self.sd3.pipe).save_lora_weights(
+                    folder, weights, transformer_lora_adapter_metadata=net.peft_config["student"].to_dict())
+                load += '\npipe.load_lora_weights("{1}")'
             else:
                 model = type(net).from_config(net.config)
                 model.load_state_dict(weights | dict(net.named_buffers()))
                 model.save_pretrained(folder)
-                load = ('pipe = StableDiffusion3Pipeline.from_pretrained("{}", dtype=torch.bfloat16, transformer=\n'
-                        '    SD3Transformer2DModel.from_pretrained("{}", dtype=torch.bfloat16))')
-            (folder / "README.md").write_text(f"""# A 4-step student of {args.teacher}
+                load = ('transformer = SD3Transformer2DModel.from_pretrained("{1}", dtype=torch.bfloat16)\n'
+                        + load.replace("dtype=", "transformer=transformer, dtype="))
+            (folder / "README.md").write_text(f"""# A 4-step student of {self.sd3.name}
 
-Distilled with CDM (Continuous-Time Distribution Matching, arXiv:2605.06376): the average over {self.student.updates} updates.
+Distilled with CDM (Continuous-Time Distribution Matching, arXiv:2605.06376): {self.student.updates} updates, EMA.
 
 ```python
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-{load.format(args.teacher, self.folder / "student")}
-image = pipe("{self.prompts[0]}", height={args.resolution}, width={args.resolution}, guidance_scale=1.0,
-             num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25]).images[0]
+{load.format(self.sd3.name, self.folder / "student")}
+image = pipe("{self.prompts[0]}", num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0,
+             height={self.sd3.resolution}, width={self.sd3.resolution}).images[0]
 ```
 """, encoding="utf-8")
 
-
 def generate(args, device):
     """--generate: writes one PNG for each prompt into --output-dir and prints its name."""
-    require(args.student and os.path.isdir(args.student), "--generate needs --student FOLDER, the folder of a distilled student.")
+    require(args.student and os.path.isdir(args.student), "--generate needs --student, a distilled student's folder.")
     sd3 = SD3(args, device, args.student)
     times = torch.tensor(args.times) if args.times else uniform_times(args.sample_steps, sd3.shift)
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(args.seed))
@@ -917,22 +818,20 @@ def generate(args, device):
         sd3.images(Role(sd3.transformer, sd3.timesteps), [noise], times, [prompt])[0].save(path)
         print(path)
 
-
 def main(argv=None):
     """Returns the exit code: 0, or 2 after one sentence about a mistake."""
-    world, rank, local = (int(os.environ.get(name, one)) for name, one in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world, rank, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     try:
         args = parse_args(argv)
-        device = torch.device("cpu")
-        if args.device == "cuda" or args.device == "auto" and torch.cuda.is_available():
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
+        cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if args.generate:
             generate(args, device)
             return 0
         if world > 1:
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        run = Run(args, device, rank, world)
+            torch.cuda.set_device(device) if cuda else None
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        run = Run(args, device, rank, max(world, 1))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(run, "stop", True))  # train() saves and ends after its iteration
         run.train()
@@ -940,12 +839,11 @@ def main(argv=None):
     except Mistake as e:
         sentence = str(e)
     except torch.OutOfMemoryError:
-        sentence = ("the GPU is out of memory: try a smaller --micro-batch-size, --batch-size or --resolution, --lora-rank 64, "
-                    "or --no-t5.")
+        sentence = ("the GPU is out of memory: try a smaller --micro-batch-size, --batch-size or --resolution, "
+                    "--lora-rank 64, or --no-t5.")
     if rank == 0:
         print(f"cdm.py: {sentence}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

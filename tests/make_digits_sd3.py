@@ -1,0 +1,305 @@
+"""The demo teacher: a complete but very small Stable Diffusion 3, trained here, on 1,797 handwritten digits.
+
+    python tests/make_digits_sd3.py        # about three minutes on two cores; rewrites tests/digits_sd3/
+
+Every part is the class that SD3-Medium is made of, so what works on this folder has met the code paths of the real model:
+`SD3Transformer2DModel`, `AutoencoderKL`, two `CLIPTextModelWithProjection`, one `T5EncoderModel`, their tokenizers, and
+`FlowMatchEulerDiscreteScheduler` with SD3's shift of 3. In the order of this file:
+
+1. Text: encoders with random, frozen weights. Ten prompts need no language, only ten different embeddings.
+2. The autoencoder, trained for reconstruction. It has one block and so no downsampling: 8 x 8 pixels, 8 x 8 latents.
+3. The transformer, trained by flow matching on the latents; what is kept is a moving average of its weights.
+4. The folder is saved, loaded again as a user would load it, and measured (`digits.py` has the measure).
+"""
+
+import argparse
+import copy
+import os
+import string
+import time
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # they report optional packages that are not needed here
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+import torch.nn.functional as F
+import diffusers
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tqdm import trange
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from digits import PROMPTS, frechet_distance, load_digits, to_pixels
+
+diffusers.utils.logging.disable_progress_bar()  # of loading; training has its own
+transformers.utils.logging.disable_progress_bar()
+
+TOKENS = 8  # length of the CLIP and of the T5 sequence; in SD3-Medium 77 and 256
+CLIP_DIM, T5_DIM = 32, 64  # the two CLIP embeddings side by side, 64 wide, meet T5's
+LATENT_CHANNELS = 1
+EMPTY = len(PROMPTS)  # row of the empty prompt in the table of embeddings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Text
+
+
+def make_tokenizers():
+    """Two CLIP tokenizers (byte pairs) and a T5 one (unigrams). They know the words of the prompts and spell the rest."""
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+
+    vocab, merges = [*letters, *(letter + "</w>" for letter in letters)], []
+    for word in words:  # every word grows from its left end: z e, ze r, zer o</w>
+        *head, last = word
+        token, *rest = [*head, last + "</w>"]
+        for part in rest:
+            if (token, part) not in merges:
+                merges.append((token, part))
+                vocab.append(token + part)
+            token += part
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(vocab)}
+    clip = CLIPTokenizer(ids, merges, model_max_length=TOKENS)
+    clip_2 = CLIPTokenizer(ids, merges, model_max_length=TOKENS, pad_token="!")  # SD3's second one pads with "!", too
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("▁" + word, -1.0) for word in words] + [(letter, -10.0) for letter in "▁" + letters]
+    return clip, clip_2, T5TokenizerFast(pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+@torch.no_grad()
+def make_clip(tokenizer, activation):
+    """A random CLIP text model whose pooled embeddings tell the prompts apart."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CLIP_DIM,
+        intermediate_size=2 * CLIP_DIM,
+        projection_dim=CLIP_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # the pooled embedding is read at the first of these
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    clip = CLIPTextModelWithProjection(config).eval()
+    # Of ten prompts that differ in one word, random weights make ten nearly parallel pooled vectors (cosine 0.9). Let the
+    # last layer norm, which nothing but the pooled vector passes through, subtract what they share.
+    norm = clip.text_model.final_layer_norm
+    pooled = clip.text_model(tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids).pooler_output
+    norm.weight.div_(pooled.std(dim=0))
+    norm.bias.sub_(pooled.mean(dim=0) / pooled.std(dim=0))
+    return clip
+
+
+def make_t5(tokenizer):
+    """A random T5 encoder."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=T5_DIM,
+        d_kv=T5_DIM // 2,
+        d_ff=T5_DIM,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+@torch.no_grad()
+def embed_prompts(pipe):
+    """The ten prompts and the empty one, as the pipeline embeds them with T5 and without it (zeros in T5's place).
+
+    Returns embeddings (2, 11, 2 * TOKENS, T5_DIM), [0] with T5, and pooled embeddings (11, 2 * CLIP_DIM).
+    """
+    prompts = [*PROMPTS, ""]
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+    )
+    without_t5 = embeds.clone()
+    without_t5[:, TOKENS:] = 0
+    return torch.stack([embeds, without_t5]), pooled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Autoencoder
+
+
+def train_vae(images, iterations, batch=64, lr=5e-3, kl_weight=1e-4):
+    """Squared error plus a light KL term; then SD3's shift and scale, which bring the latents to mean 0 and std 1."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(16,),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.05)
+    bar = trange(iterations, desc="autoencoder", mininterval=1)
+    for i in bar:
+        x = images[torch.randint(len(images), (batch,))]
+        posterior = vae.encode(x).latent_dist
+        loss = F.mse_loss(vae.decode(posterior.sample()).sample, x) + kl_weight * posterior.kl().mean() / 64
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if i % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    with torch.no_grad():
+        latents = vae.eval().encode(images).latent_dist.mode()
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    return vae
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Transformer
+
+
+def make_transformer():
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=14,
+        caption_projection_dim=4 * 14,  # must be the width: heads x head dim
+        joint_attention_dim=T5_DIM,
+        pooled_projection_dim=2 * CLIP_DIM,
+        pos_embed_max_size=4,  # patches along a side: this table is saved with the weights
+    )
+
+
+def train_transformer(transformer, latents, labels, embeds, pooled, iterations, batch=64, lr=8e-3, ema_decay=0.998):
+    """Flow matching: x_t = (1 - t) x_0 + t eps, target v = eps - x_0, t ~ U(0, 1). Returns the averaged weights' model.
+
+    One prompt in ten is dropped, for guidance, and T5 is dropped for one in ten, so that the teacher also works without.
+    """
+    ema = copy.deepcopy(transformer)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.05)
+    bar = trange(iterations, desc="transformer", mininterval=1)
+    for i in bar:
+        pick = torch.randint(len(latents), (batch,))
+        prompt = torch.where(torch.rand(batch) < 0.1, EMPTY, labels[pick])
+        no_t5 = (torch.rand(batch) < 0.1).long()
+        x_0, eps = latents[pick], torch.randn(batch, *latents.shape[1:])
+        t = (torch.arange(batch) + torch.rand(batch)) / batch  # one per equal bin: uniform, with less variance
+        x_t = torch.lerp(x_0, eps, t.view(-1, 1, 1, 1))
+        v = transformer(
+            x_t, timestep=1000 * t, encoder_hidden_states=embeds[no_t5, prompt], pooled_projections=pooled[prompt]
+        ).sample
+        loss = F.mse_loss(v, eps - x_0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(ema_decay, (1 + i) / (10 + i))
+        torch._foreach_lerp_([p.data for p in ema.parameters()], [p.data for p in transformer.parameters()], 1 - decay)
+        if i % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return ema.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The folder and its figures
+
+
+def sample(pipe, rounds=4, seed=0, **options):
+    """1,000 images (PIL), 100 of each prompt, by the pipeline's own sampler, 250 at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    options |= {"max_sequence_length": TOKENS, "generator": generator}
+    return [image for _ in range(rounds) for image in pipe(25 * PROMPTS, **options).images]
+
+
+def measure(folder, images):
+    """Rows of (what, Fréchet distance to all digits): the autoencoder, then 1,000 samples of the pipeline in `folder`."""
+    real = to_pixels(images)
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(pipe.vae.encode(images.repeat(1, 3, 1, 1)).latent_dist.mode()).sample
+    rows = [(f"autoencoder alone (rmse {(to_pixels(decoded) - real).square().mean().sqrt():.3f})", decoded)]
+    for steps in (50, 28):
+        for scale in (1.0, 2.0):
+            guidance = f"guidance {scale:g}" if scale > 1 else "no guidance"
+            rows.append((f"{steps} steps, {guidance}", sample(pipe, num_inference_steps=steps, guidance_scale=scale)))
+    for steps in (8, 6, 4, 2, 1):
+        sigmas = [1 - i / steps for i in range(steps)]  # the scheduler shifts them: 4 steps are at t = 1, .9, .75, .5
+        name = f"{steps} step{'s' * (steps > 1)}, no guidance"
+        rows.append((name, sample(pipe, sigmas=sigmas, num_inference_steps=steps, guidance_scale=1.0)))
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    rows.append(("50 steps, no guidance, loaded without T5", sample(pipe, num_inference_steps=50, guidance_scale=1.0)))
+    return [(what, frechet_distance(to_pixels(pictures), real)) for what, pictures in rows]
+
+
+README = """# A demo teacher: Stable Diffusion 3 for handwritten digits
+
+A complete `StableDiffusion3Pipeline` folder, {size:.1f} MB, transformer of {parameters:,} parameters, 8 × 8 pixels. Built by
+`python tests/make_digits_sd3.py{arguments}`: text encoders random and frozen, autoencoder ({channels} latent channels, no
+downsampling) and transformer trained on 1,797 digits. It knows the ten prompts in `prompts.txt` and the empty one; every text
+sequence is {tokens} tokens long (`max_sequence_length={tokens}`). For tests and small experiments; the digits are its whole world.
+
+Fréchet distance in pixels ([-1, 1]) of 1,000 samples, 100 a prompt, to all 1,797 digits. Two random halves of the digits are
+0.28 apart.
+
+| | Fréchet distance |
+|---|---|
+{table}
+
+Data: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits* (1998), UCI Machine Learning Repository,
+<https://doi.org/10.24432/C50P49>, [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/); see `../digits_SOURCE.md`.
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("digits_sd3"), metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, default=3000, help="of the transformer; the autoencoder has a fifth")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    start = time.time()
+
+    images, labels = load_digits()
+    rgb = images.repeat(1, 3, 1, 1)
+    tokenizers = make_tokenizers()
+    encoders = make_clip(tokenizers[0], "quick_gelu"), make_clip(tokenizers[1], "gelu"), make_t5(tokenizers[2])
+    vae = train_vae(rgb, args.iterations // 5)
+    parts = {"transformer": make_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": vae}
+    for suffix, encoder, tokenizer in zip(("", "_2", "_3"), encoders, tokenizers):
+        parts |= {"text_encoder" + suffix: encoder, "tokenizer" + suffix: tokenizer}
+    pipe = StableDiffusion3Pipeline(**parts)
+
+    with torch.no_grad():
+        latents = (vae.encode(rgb).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    pipe.transformer = train_transformer(pipe.transformer, latents, labels, *embed_prompts(pipe), args.iterations)
+    pipe.save_pretrained(args.output)
+    (args.output / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    print(f"built in {time.time() - start:.0f} s; measuring")
+
+    table = "\n".join(f"| {what} | {distance:.3f} |" for what, distance in measure(args.output, images))
+    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file()) / 1e6
+    arguments = f" --seed {args.seed} --iterations {args.iterations}"
+    parameters = sum(p.numel() for p in pipe.transformer.parameters())
+    (args.output / "README.md").write_text(
+        README.format(
+            size=size, parameters=parameters, arguments=arguments, channels=LATENT_CHANNELS, tokens=TOKENS, table=table
+        )
+    )
+    print(f"{table}\n{args.output}: {size:.2f} MB, transformer {parameters:,} parameters, {time.time() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
