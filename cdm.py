@@ -52,8 +52,7 @@ import torch.nn.functional as F
 #    x_t, v: (B, ...), t: (B,) in [0, 1], cond: a tuple of tensors with first axis B. So are shapes below unless said.
 # ======================================================================================================================
 
-def _like(t, x):
-    """Views times t, (B,) or scalar, so that they multiply x of shape (B, ...)."""
+def _like(t, x):  # times (B,) or a scalar, viewed so that they multiply x
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 def _rows(cond, rows):
@@ -423,8 +422,7 @@ class SD3:
     def __init__(self, args, device, student=None):  # student: a folder that replaces the transformer, for --generate
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "error")  # importing diffusers tells of optional packages that nobody misses
-        import diffusers
-        import transformers
+        import diffusers, transformers
         diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
         self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
         self.name = resolve_teacher(args.teacher)
@@ -611,8 +609,7 @@ class Run:
         require(self.log.exists() or not args.resume, f"--resume: there is no run in {self.folder}; start it without.")
         args.batch_size = args.batch_size or 16 * world
         self.batch = args.batch_size // world
-        most = 4 if device.type == "cuda" else self.batch
-        args.micro_batch_size = args.micro_batch_size or math.gcd(most, self.batch) or 1
+        args.micro_batch_size = args.micro_batch_size or math.gcd(self.batch, 4 * (device.type == "cuda")) or 1
         require(args.batch_size % (world * args.micro_batch_size) == 0, f"--batch-size {args.batch_size} must be a "
                 f"multiple of {world} process(es) times --micro-batch-size {args.micro_batch_size}.")
         self.prompts, self.sd3 = read_prompts(args.prompts), SD3(args, device)
@@ -620,16 +617,20 @@ class Run:
         self.build()
         if args.resume:
             self.resume()
+        if rank == 0:
+            source = args.prompts or "built-in lists"
+            print(f"cdm.py: teacher {self.sd3.name}, {args.resolution} pixels, shift {self.sd3.shift:g}; on {world} x "
+                  f"{device.type}; {args.batch_size} samples an update; {len(self.prompts)} prompts from {source}")
 
     def build(self):
         """Teacher, student and fake score as roles, the latter two as Learners; the student's EMA."""
-        args, net, trained = self.args, self.sd3.transformer, ("student", "fake_score")
+        args, net, trained, r = self.args, self.sd3.transformer, ("student", "fake_score"), self.args.lora_rank
         nets = dict.fromkeys(("teacher", *trained), net)
-        if args.lora_rank:  # three roles on one frozen base
+        if r:  # three roles on one frozen base
             from peft import LoraConfig
             torch.manual_seed(args.seed)  # the one draw from the global generator
             for name in trained:
-                net.add_adapter(LoraConfig(args.lora_rank, LORA_TARGETS, lora_alpha=2 * args.lora_rank), name)
+                net.add_adapter(LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS), name)
             for name, p in net.named_parameters():
                 p.data = p.data.float() if "lora_" in name else p.data
         else:  # three networks, of which the frozen one needs no float32
@@ -643,10 +644,10 @@ class Run:
         for name, module in nets.items():
             if args.gradient_checkpointing and name in trained:
                 module.enable_gradient_checkpointing()
-            adapter = None if not args.lora_rank else name if name in trained else ""
+            adapter = None if not r else name if name in trained else ""
             roles[name] = Role(module, self.sd3.timesteps, adapter, anchor_time if name == "fake_score" else None)
             params[name] = {n.replace(f".{name}.", "."): p for n, p in module.named_parameters()
-                            if not args.lora_rank or f".{name}." in n}
+                            if not r or f".{name}." in n}
         groups = [(params["fake_score"], args.fake_lr)]
         if anchor_time:
             groups.append(({f"anchor_time.{n}": p for n, p in anchor_time.named_parameters()}, args.anchor_lr))
@@ -671,9 +672,8 @@ class Run:
         if self.rank == 0:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True), self.log.touch()
         bar = tqdm(range(self.k + 1, args.iterations + 1), initial=self.k, total=args.iterations, disable=self.rank > 0)
-        begun = time.perf_counter()
         for k in bar:
-            batches = list(self.micro_batches(k))
+            begun, batches = time.perf_counter(), list(self.micro_batches(k))
             stats = cdm_iteration(k, batches, self.teacher, self.student, self.fake_score, self.ema, args)
             stats["stop"] = torch.tensor(float(self.stop))
             values = torch.stack([full(x).float().to(self.device) for x in stats.values()])
@@ -684,7 +684,7 @@ class Run:
             require(not bad, f"{bad} not finite at iteration {k}: the run ends, its last checkpoint stays as it was; "
                              "start again with lower learning rates.")
             stop = values.pop("stop") > 0
-            self.k, begun, seconds = k, time.perf_counter(), time.perf_counter() - begun
+            self.k, seconds = k, time.perf_counter() - begun
             bar.set_postfix({n[5:]: f"{x:.3g}" for n, x in values.items() if n.startswith("loss_")})
             if k % args.student_every == 0 and self.rank == 0:
                 peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -835,6 +835,7 @@ def main(argv=None):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(run, "stop", True))  # train() saves and ends after its iteration
         run.train()
+        torch.distributed.destroy_process_group() if world > 1 else None
         return 0
     except Mistake as e:
         sentence = str(e)

@@ -16,7 +16,7 @@ PROMPTS = [f"a handwritten digit {word}" for word in WORDS]  # PROMPTS[label] de
 
 
 def load_digits():
-    """All 1,797 digits: images (1797, 1, 8, 8), float32 in [-1, 1] (17 grey levels, -1 = paper), labels (1797,), long."""
+    """All 1,797 digits: images (1797, 1, 8, 8), float32 in [-1, 1] (-1 = paper), and labels (1797,), long."""
     with np.load(Path(__file__).with_name("digits.npz")) as data:
         images = torch.from_numpy(data["images"]).float().unsqueeze(1) / 8 - 1
         return images, torch.from_numpy(data["labels"]).long()
@@ -42,8 +42,8 @@ def frechet_distance(a, b):
     The last trace is that of the symmetric (C_a^(1/2) C_b C_a^(1/2))^(1/2), so two eigen-decompositions give it.
 
     For scale, on `to_pixels` features (pixels in [-1, 1]): two random halves of the real digits, about 900 each, are
-    0.28 apart, and 1,000 draws from the very Gaussian that fits all 1,797 digits are 0.13 from them. A perfect generator
-    therefore does not reach 0.
+    0.28 apart, and 1,000 draws from the very Gaussian that fits all 1,797 digits are 0.13 from them. So a perfect
+    generator does not reach 0.
     """
     mu_a, mu_b = a.mean(dim=0), b.mean(dim=0)
     cov_a, cov_b = a.T.cov(), b.T.cov()

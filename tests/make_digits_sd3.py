@@ -2,7 +2,7 @@
 
     python tests/make_digits_sd3.py        # about three minutes on two cores; rewrites tests/digits_sd3/
 
-Every part is the class that SD3-Medium is made of, so what works on this folder has met the code paths of the real model:
+Every part is the class that SD3-Medium is made of, so what works on this folder has met the code of the real model:
 `SD3Transformer2DModel`, `AutoencoderKL`, two `CLIPTextModelWithProjection`, one `T5EncoderModel`, their tokenizers, and
 `FlowMatchEulerDiscreteScheduler` with SD3's shift of 3. In the order of this file:
 
@@ -22,13 +22,14 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # they report optional packages that are not needed here
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import diffusers
 import torch
 import torch.nn.functional as F
-import diffusers
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm import trange
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from digits import PROMPTS, frechet_distance, load_digits, to_pixels
 
@@ -37,7 +38,7 @@ transformers.utils.logging.disable_progress_bar()
 
 TOKENS = 8  # length of the CLIP and of the T5 sequence; in SD3-Medium 77 and 256
 CLIP_DIM, T5_DIM = 32, 64  # the two CLIP embeddings side by side, 64 wide, meet T5's
-LATENT_CHANNELS = 1
+LATENT_CHANNELS = 1  # in SD3-Medium 16
 EMPTY = len(PROMPTS)  # row of the empty prompt in the table of embeddings
 
 
@@ -46,7 +47,7 @@ EMPTY = len(PROMPTS)  # row of the empty prompt in the table of embeddings
 
 
 def make_tokenizers():
-    """Two CLIP tokenizers (byte pairs) and a T5 one (unigrams). They know the words of the prompts and spell the rest."""
+    """Two CLIP tokenizers (byte pairs), one T5 (unigrams): they know the words of the prompts and spell the rest."""
     words = sorted({word for prompt in PROMPTS for word in prompt.split()})
     letters = string.ascii_lowercase + string.digits + string.punctuation
 
@@ -72,22 +73,14 @@ def make_tokenizers():
 @torch.no_grad()
 def make_clip(tokenizer, activation):
     """A random CLIP text model whose pooled embeddings tell the prompts apart."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=CLIP_DIM,
-        intermediate_size=2 * CLIP_DIM,
-        projection_dim=CLIP_DIM,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,  # the pooled embedding is read at the first of these
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPTextConfig(  # (pooled = at the first EOS, so eos_token_id must be the tokenizer's, not the default)
+        vocab_size=len(tokenizer), max_position_embeddings=TOKENS, hidden_act=activation, hidden_size=CLIP_DIM,
+        intermediate_size=2 * CLIP_DIM, projection_dim=CLIP_DIM, num_hidden_layers=2, num_attention_heads=2, **ids,
+    )  # fmt: skip
     clip = CLIPTextModelWithProjection(config).eval()
-    # Of ten prompts that differ in one word, random weights make ten nearly parallel pooled vectors (cosine 0.9). Let the
-    # last layer norm, which nothing but the pooled vector passes through, subtract what they share.
+    # Of ten prompts that differ in one word, random weights make ten nearly parallel pooled vectors (cosine 0.9). Let
+    # the last layer norm, which only the pooled vector passes through in SD3, subtract what they share.
     norm = clip.text_model.final_layer_norm
     pooled = clip.text_model(tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids).pooler_output
     norm.weight.div_(pooled.std(dim=0))
@@ -98,14 +91,9 @@ def make_clip(tokenizer, activation):
 def make_t5(tokenizer):
     """A random T5 encoder."""
     config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=T5_DIM,
-        d_kv=T5_DIM // 2,
-        d_ff=T5_DIM,
-        num_layers=1,
-        num_heads=2,
+        vocab_size=len(tokenizer), d_model=T5_DIM, d_ff=T5_DIM, num_layers=1, num_heads=2, d_kv=T5_DIM // 2,
         feed_forward_proj="gated-gelu",
-    )
+    )  # fmt: skip
     return T5EncoderModel(config).eval()
 
 
@@ -131,15 +119,10 @@ def embed_prompts(pipe):
 def train_vae(images, iterations, batch=64, lr=5e-3, kl_weight=1e-4):
     """Squared error plus a light KL term; then SD3's shift and scale, which bring the latents to mean 0 and std 1."""
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        block_out_channels=(16,),
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
-        sample_size=8,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(16,),
+        latent_channels=LATENT_CHANNELS, norm_num_groups=4, sample_size=8,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations, pct_start=0.05)
     bar = trange(iterations, desc="autoencoder", mininterval=1)
@@ -163,26 +146,19 @@ def train_vae(images, iterations, batch=64, lr=5e-3, kl_weight=1e-4):
 # 3. Transformer
 
 
-def make_transformer():
+def make_transformer(layers=3, heads=4, head_dim=14):
+    """SD3's transformer with 3 blocks of width 56. (The table of positions is saved, hence its size.)"""
     return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=3,
-        num_attention_heads=4,
-        attention_head_dim=14,
-        caption_projection_dim=4 * 14,  # must be the width: heads x head dim
-        joint_attention_dim=T5_DIM,
-        pooled_projection_dim=2 * CLIP_DIM,
-        pos_embed_max_size=4,  # patches along a side: this table is saved with the weights
-    )
+        sample_size=8, patch_size=2, pos_embed_max_size=8 // 2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
+        caption_projection_dim=heads * head_dim, joint_attention_dim=T5_DIM, pooled_projection_dim=2 * CLIP_DIM,
+    )  # fmt: skip
 
 
 def train_transformer(transformer, latents, labels, embeds, pooled, iterations, batch=64, lr=8e-3, ema_decay=0.998):
-    """Flow matching: x_t = (1 - t) x_0 + t eps, target v = eps - x_0, t ~ U(0, 1). Returns the averaged weights' model.
+    """Flow matching: x_t = (1 - t) x_0 + t eps, target v = eps - x_0, t ~ U(0, 1). Returns the model's moving average.
 
-    One prompt in ten is dropped, for guidance, and T5 is dropped for one in ten, so that the teacher also works without.
+    One prompt in ten is dropped, for guidance; T5 is dropped for one in ten, so that the teacher also works without.
     """
     ema = copy.deepcopy(transformer)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -205,7 +181,9 @@ def train_transformer(transformer, latents, labels, embeds, pooled, iterations, 
         optimizer.step()
         schedule.step()
         decay = min(ema_decay, (1 + i) / (10 + i))
-        torch._foreach_lerp_([p.data for p in ema.parameters()], [p.data for p in transformer.parameters()], 1 - decay)
+        with torch.no_grad():
+            for average, parameter in zip(ema.parameters(), transformer.parameters()):
+                average.lerp_(parameter, 1 - decay)
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     return ema.eval()
@@ -215,50 +193,52 @@ def train_transformer(transformer, latents, labels, embeds, pooled, iterations, 
 # 4. The folder and its figures
 
 
-def sample(pipe, rounds=4, seed=0, **options):
+def sample(pipe, **options):
     """1,000 images (PIL), 100 of each prompt, by the pipeline's own sampler, 250 at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    options |= {"max_sequence_length": TOKENS, "generator": generator}
-    return [image for _ in range(rounds) for image in pipe(25 * PROMPTS, **options).images]
+    options |= {"max_sequence_length": TOKENS, "generator": torch.Generator().manual_seed(0)}
+    return [image for _ in range(4) for image in pipe(25 * PROMPTS, **options).images]
 
 
 def measure(folder, images):
-    """Rows of (what, Fréchet distance to all digits): the autoencoder, then 1,000 samples of the pipeline in `folder`."""
+    """Rows of (what, Fréchet distance to all digits): the autoencoder, then samples of the pipeline in `folder`."""
     real = to_pixels(images)
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         decoded = pipe.vae.decode(pipe.vae.encode(images.repeat(1, 3, 1, 1)).latent_dist.mode()).sample
-    rows = [(f"autoencoder alone (rmse {(to_pixels(decoded) - real).square().mean().sqrt():.3f})", decoded)]
+    rmse = (to_pixels(decoded) - real).square().mean().sqrt()
+    rows = [(f"autoencoder alone, all digits (rmse {rmse:.3f})", decoded)]
     for steps in (50, 28):
         for scale in (1.0, 2.0):
             guidance = f"guidance {scale:g}" if scale > 1 else "no guidance"
             rows.append((f"{steps} steps, {guidance}", sample(pipe, num_inference_steps=steps, guidance_scale=scale)))
     for steps in (8, 6, 4, 2, 1):
         sigmas = [1 - i / steps for i in range(steps)]  # the scheduler shifts them: 4 steps are at t = 1, .9, .75, .5
-        name = f"{steps} step{'s' * (steps > 1)}, no guidance"
-        rows.append((name, sample(pipe, sigmas=sigmas, num_inference_steps=steps, guidance_scale=1.0)))
+        rows.append((f"{steps} step{'s' * (steps > 1)}, no guidance", sample(pipe, sigmas=sigmas, guidance_scale=1.0)))
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     rows.append(("50 steps, no guidance, loaded without T5", sample(pipe, num_inference_steps=50, guidance_scale=1.0)))
     return [(what, frechet_distance(to_pixels(pictures), real)) for what, pictures in rows]
 
 
-README = """# A demo teacher: Stable Diffusion 3 for handwritten digits
+README = """# Demo teacher: Stable Diffusion 3 for handwritten digits
 
-A complete `StableDiffusion3Pipeline` folder, {size:.1f} MB, transformer of {parameters:,} parameters, 8 × 8 pixels. Built by
-`python tests/make_digits_sd3.py{arguments}`: text encoders random and frozen, autoencoder ({channels} latent channels, no
-downsampling) and transformer trained on 1,797 digits. It knows the ten prompts in `prompts.txt` and the empty one; every text
-sequence is {tokens} tokens long (`max_sequence_length={tokens}`). For tests and small experiments; the digits are its whole world.
+A complete `StableDiffusion3Pipeline` folder of {size:.1f} MB: 8 × 8 pixels, transformer of {parameters:,} parameters, text
+encoders random and frozen, autoencoder without downsampling ({channels} latent channel(s)). Trained on 1,797 digits by
 
-Fréchet distance in pixels ([-1, 1]) of 1,000 samples, 100 a prompt, to all 1,797 digits. Two random halves of the digits are
-0.28 apart.
+    python tests/make_digits_sd3.py{arguments}
+
+It knows the ten prompts of `prompts.txt` and the empty one, and nothing else. Every text sequence is {tokens} tokens long,
+so give the pipeline `max_sequence_length={tokens}`.
+
+Fréchet distance in pixels ([-1, 1]) of 1,000 samples, 100 of each prompt, to all 1,797 digits; two random halves of the
+digits are 0.28 apart:
 
 | | Fréchet distance |
 |---|---|
 {table}
 
-Data: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits* (1998), UCI Machine Learning Repository,
+Data: E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits* (1998), UCI Machine Learning Repository,
 <https://doi.org/10.24432/C50P49>, [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/); see `../digits_SOURCE.md`.
 """
 
@@ -298,7 +278,7 @@ def main():
             size=size, parameters=parameters, arguments=arguments, channels=LATENT_CHANNELS, tokens=TOKENS, table=table
         )
     )
-    print(f"{table}\n{args.output}: {size:.2f} MB, transformer {parameters:,} parameters, {time.time() - start:.0f} s in all")
+    print(f"{table}\n{args.output}: {size:.2f} MB, {parameters:,} parameters, {time.time() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
