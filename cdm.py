@@ -3,7 +3,7 @@
 Distils a flow-matching text-to-image model (SD3-Medium) into a 4-step generator, from prompts alone: no images, no GAN,
 no reward. Sections: 1. the algorithm, torch only, for any model; 2. SD3 through diffusers; 3. running.
 
-    python cdm.py --teacher stabilityai/stable-diffusion-3-medium                     # one 80 GB GPU: full fine-tuning
+    python cdm.py --teacher stabilityai/stable-diffusion-3-medium                     # one GPU: full fine-tuning
     python cdm.py --teacher stabilityai/stable-diffusion-3-medium --lora-rank 64      # a smaller one: LoRA
     torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...                     # many GPUs: FSDP2
     python cdm.py --teacher tests/digits_sd3 --prompts tests/digits_sd3/prompts.txt   # a laptop; README has the flags
@@ -38,7 +38,7 @@ architectures, EMA of anything but the student, logging services. Not in the pap
 
 from __future__ import annotations
 
-import argparse, contextlib, copy, itertools, json, math, os, random, re, resource, shutil, signal, sys, time, zlib
+import argparse, contextlib, copy, itertools, json, math, os, re, resource, shutil, signal, sys, time, warnings, zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -109,14 +109,14 @@ def backward_simulation(student, noise, schedule, index, cond, calls=0):
     order = index.argsort(descending=True)  # the samples still under way are then always the first n
     back = order.argsort().to(noise.device, non_blocking=True)
     order = order.to(noise.device, non_blocking=True)
-    times, x, v, cond = schedule.to(noise), noise[order], torch.zeros_like(noise), _rows(cond, order)
+    times, x, v, cond = schedule.to(noise, non_blocking=True), noise[order], torch.zeros_like(noise), _rows(cond, order)
     for i in range(max(int(index.max()) + 1, calls)):
         n, onward = int((index >= i).sum()), int((index > i).sum())
         t, s = times[min(i, len(times) - 1)], times[min(i + 1, len(times) - 1)]
         first = slice(max(n, 1))
         v[:n] = student(x[first], t.expand(len(x[first])), _rows(cond, first))[:n]
         x[:onward] = euler_step(x[:onward], t, s, v[:onward])
-    return Anchor(x[back], schedule[index].to(noise), v[back])
+    return Anchor(x[back], schedule[index].to(noise, non_blocking=True), v[back])
 
 @torch.no_grad()
 def sample(model, noise, times, cond):
@@ -233,7 +233,7 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     u[1] *= t_i  # L_CA alone: tau ~ U(0, t_i), bounded by the anchor's own time
     u = u.clamp(cfg.tau_min, cfg.tau_max)
     names = ("start", "ca", "dm", "cdm", "fake") + (("off",) if cfg.cdm_point == "renoise" else ())
-    noise = {name: torch.randn(batch, *shape, generator=gen, device=device)[rows] for name in names}  # however divided
+    noise = {name: torch.randn(batch, *shape, generator=gen, device=device)[rows].clone() for name in names}
     t_off = t_i if cfg.cdm_point == "anchor" else u[0]
     calls = int(everyone.max()) + 1 if ranks > 1 else 0  # ranks must call equally often, see backward_simulation
     return Draw(schedule, index, t_off, dict(zip(names[1:5], u[1:])), noise, calls)
@@ -448,7 +448,7 @@ class SD3:
         require(self.resolution % patch == 0 and self.resolution <= largest,
                 f"--resolution {self.resolution} does not fit {self.name}: give a multiple of {patch} up to {largest}.")
         self.shape = (config.in_channels, self.resolution // scale, self.resolution // scale)
-        self.tokens = min(256, self.pipe.tokenizer_3.model_max_length)
+        self.tokens = min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
         self.empty = self.encode([""])
 
     @torch.no_grad()
@@ -488,7 +488,7 @@ class Settings(CDM):
 
     teacher: str = flag("stabilityai/stable-diffusion-3-medium", "hub id or folder of a StableDiffusion3Pipeline")
     prompts: str = flag(None, "UTF-8 text file, one prompt a line; default: composed from built-in lists")
-    output_dir: str = flag("runs/cdm", "everything is written here")
+    output_dir: str = flag(None, "everything is written here; default: runs/cdm, with --generate runs/images")
     iterations: int = flag(4000, "outer iterations, that is fake-score updates", low=1)
     batch_size: int = flag(None, "samples per update over all GPUs; default: 16 on each, as released", low=1)
     micro_batch_size: int = flag(None, "samples per forward pass, the rest accumulates; default: <= 4 on a GPU", low=1)
@@ -497,7 +497,7 @@ class Settings(CDM):
     resume: bool = flag(False, "continue the run in --output-dir; bit for bit on CPU")
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "cpu"))
     lora_rank: int = flag(0, "train LoRA of this rank (released: 64), alpha twice that; 0: full fine-tuning", low=0)
-    no_t5: bool = flag(False, "leave out the T5 text encoder, 9.5 GB in bf16")
+    no_t5: bool = flag(False, "leave out the T5 text encoder, 9.5 GB in bf16; then --generate without it too")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward")
     save_every: int = flag(500, "iterations between checkpoints, of which the newest two are kept", low=1)
     sample_every: int = flag(500, "iterations between sample grids; 0: none", low=0)
@@ -512,18 +512,19 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
     for f in fields(Settings):
-        kind = {"type": {"int": int, "float": float}.get(f.type, str)}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else kind
+        switch = argparse.BooleanOptionalAction if f.default else "store_true"
+        kind = {"action": switch} if f.type == "bool" else {"type": {"int": int, "float": float}.get(f.type, str)}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kind, **f.metadata["argparse"])
     args = Settings(**vars(parser.parse_args(argv)))
+    args.output_dir = args.output_dir or ("runs/images" if args.generate else "runs/cdm")
     for f in fields(Settings):
         low, value = f.metadata["low"], getattr(args, f.name)
         require(low is None or value is None or low <= value < math.inf,
                 f"--{f.name.replace('_', '-')} is {value}: give {low} or more.")
     require(args.ca_weight or args.dm_weight or args.cdm_weight, "--ca-weight, --dm-weight, --cdm-weight: all 0.")
     require(args.ema_decay <= 1 and args.fake_pull <= 1, "--ema-decay and --fake-pull must be from 0 to 1.")
-    require(0 < args.time_low < args.time_high < 1, "--time-low must be below --time-high, both between 0 and 1.")
-    require(0 < args.tau_min < args.tau_max < 1, "--tau-min must be below --tau-max, both between 0 and 1.")
+    require(0 < args.time_low < args.time_high < 1 and 0 < args.tau_min < args.tau_max < 1,
+            "--time-low must be below --time-high, and --tau-min below --tau-max, all between 0 and 1.")
     require(args.sample_steps <= 50, f"--sample-steps is {args.sample_steps}: give 1 to 50.")
     require(args.device != "cuda" or torch.cuda.is_available(), "there is no CUDA device: use --device cpu.")
     if args.times:
@@ -543,8 +544,7 @@ def read_prompts(path=None):
                  "in a narrow alley/on a snowy ridge/in a greenhouse",
                  "soft morning light/golden hour/dramatic side lighting/neon glow/overcast daylight/candlelight")
         prompts = ["{} of {} {}, {}".format(*w) for w in itertools.product(*(x.split("/") for x in lists))]
-        random.Random(0).shuffle(prompts)
-        return prompts
+        return [prompts[i] for i in torch.randperm(len(prompts), generator=generator("prompts"))]
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -558,9 +558,10 @@ def shard(module, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    half = torch.bfloat16 if device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)  # a bf16 timestep is off by up to 2
     for part in (*getattr(module, "transformer_blocks", ()), module):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # the root too: see swap_ema
 
 def full(x):
     """A sharded tensor gathered from all ranks; any other as it is."""
@@ -586,15 +587,15 @@ def replacing(path):
     tmp.rename(path)
 
 def draw_grid(rows, path):
-    """Writes one PNG from rows of (label, PIL images), each image 64 to 512 pixels a side."""
+    """Writes one PNG from rows of (label, PIL images), each image 96 to 512 pixels a side."""
     from PIL import Image, ImageDraw, ImageFont
-    side, strip = min(max(rows[0][1][0].width, 64), 512), 20
-    canvas = Image.new("RGB", (side * len(rows[0][1]), (side + strip) * len(rows)), "white")
+    side, strip = min(max(rows[0][1][0].width, 96), 512), 20
+    canvas = Image.new("RGB", ((side + 4) * len(rows[0][1]) - 4, (side + strip) * len(rows)), "white")
     for y, (label, images) in enumerate(rows):
-        ImageDraw.Draw(canvas).text((4, y * (side + strip) + 2), label, fill="black", font=ImageFont.load_default(13))
+        ImageDraw.Draw(canvas).text((2, y * (side + strip) + 2), label, fill="black", font=ImageFont.load_default(13))
         for x, image in enumerate(images):
             how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            canvas.paste(image.resize((side, side), how), (x * side, y * (side + strip) + strip))
+            canvas.paste(image.resize((side, side), how), (x * (side + 4), y * (side + strip) + strip))
     canvas.save(path)
 
 class Run:
@@ -613,14 +614,13 @@ class Run:
         require(args.batch_size % (world * args.micro_batch_size) == 0, f"--batch-size {args.batch_size} must be a "
                 f"multiple of {world} process(es) times --micro-batch-size {args.micro_batch_size}.")
         self.prompts, self.sd3 = read_prompts(args.prompts), SD3(args, device)
-        args.teacher, args.resolution = self.sd3.name, self.sd3.resolution
+        args.resolution, args.prompts = self.sd3.resolution, args.prompts or "built-in lists"
         self.build()
         if args.resume:
             self.resume()
         if rank == 0:
-            source = args.prompts or "built-in lists"
             print(f"cdm.py: teacher {self.sd3.name}, {args.resolution} pixels, shift {self.sd3.shift:g}; on {world} x "
-                  f"{device.type}; {args.batch_size} samples an update; {len(self.prompts)} prompts from {source}")
+                  f"{device.type}, {args.batch_size} samples an update; {len(self.prompts)} prompts from {args.prompts}")
 
     def build(self):
         """Teacher, student and fake score as roles, the latter two as Learners; the student's EMA."""
@@ -629,6 +629,7 @@ class Run:
         if r:  # three roles on one frozen base
             from peft import LoraConfig
             torch.manual_seed(args.seed)  # the one draw from the global generator
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # yes, two adapters, on purpose
             for name in trained:
                 net.add_adapter(LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS), name)
             for name, p in net.named_parameters():
@@ -638,7 +639,7 @@ class Run:
             nets["student"].requires_grad_(True), nets["fake_score"].requires_grad_(True)
         self.sd3.pipe.transformer = nets["teacher"]
         anchor_time = AnchorTime(net.config.pooled_projection_dim).to(self.device) if args.anchor_aware_fake else None
-        for module in {*nets.values(), anchor_time} - {None} if self.world > 1 else ():
+        for module in filter(None, dict.fromkeys((*nets.values(), anchor_time))) if self.world > 1 else ():
             shard(module, self.device)
         roles, params = {}, {}
         for name, module in nets.items():
@@ -671,6 +672,10 @@ class Run:
         args = self.args
         if self.rank == 0:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True), self.log.touch()
+            lines = self.log.read_text().splitlines(True)  # resumed: those after the checkpoint will come again
+            lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.k]
+            self.log.with_suffix(".tmp").write_text("".join(lines))
+            self.log.with_suffix(".tmp").rename(self.log)
         bar = tqdm(range(self.k + 1, args.iterations + 1), initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:
             begun, batches = time.perf_counter(), list(self.micro_batches(k))
@@ -679,11 +684,9 @@ class Run:
             values = torch.stack([full(x).float().to(self.device) for x in stats.values()])
             if self.world > 1:
                 torch.distributed.all_reduce(values)
-            values = dict(zip(stats, (values / self.world).tolist()))  # the loop's one synchronisation with the device
-            bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-            require(not bad, f"{bad} not finite at iteration {k}: the run ends, its last checkpoint stays as it was; "
-                             "start again with lower learning rates.")
-            stop = values.pop("stop") > 0
+            values = dict(zip(stats, (values / self.world).tolist()))  # here alone the loop waits for results
+            stop, bad = values.pop("stop") > 0, ", ".join(name for name, x in values.items() if not math.isfinite(x))
+            require(not bad, f"{bad} not finite at iteration {k}; the last checkpoint stays: try lower learning rates.")
             self.k, seconds = k, time.perf_counter() - begun
             bar.set_postfix({n[5:]: f"{x:.3g}" for n, x in values.items() if n.startswith("loss_")})
             if k % args.student_every == 0 and self.rank == 0:
@@ -692,27 +695,26 @@ class Run:
                 with open(self.log, "a") as f:
                     f.write(json.dumps({"iteration": k} | values) + "\n")
             last = stop or k == args.iterations
+            if k % args.save_every == 0 or last:
+                self.save()  # before the samples: after a signal there may be little time
             if args.sample_every and (k % args.sample_every == 0 or last):
                 self.draw_samples()
-            if k % args.save_every == 0 or last:
-                self.save()
             if stop:
                 break
         self.export()
 
     @torch.no_grad()
     def swap_ema(self):
-        """Exchanges the student's weights and their average, in place."""
+        """Exchanges the student's weights and their average, in place; a sharded network must hold no gathered copy."""
         for name, p in self.student.params.items():
             average = self.ema[name].clone()
             self.ema[name].copy_(p), p.copy_(average)
 
     def draw_samples(self):
         """samples/step_NNNNNN.png: the EMA student's images under the teacher's, for fixed prompts and noise."""
-        args, sd3, few = self.args, self.sd3, uniform_times(4, self.sd3.shift)
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
-        seeds = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
-        noise = [torch.randn(1, *sd3.shape, generator=g) for g in seeds]
+        args, sd3, few, n = self.args, self.sd3, uniform_times(4, self.sd3.shift), range(self.args.sample_count)
+        prompts = [self.prompts[i % len(self.prompts)] for i in n]
+        noise = [torch.randn(1, *sd3.shape, generator=generator(args.seed, "sample", i)) for i in n]
         if not self.reference:  # drawn once
             sd3.pipe.scheduler.set_timesteps(28)
             many, scale = sd3.pipe.scheduler.sigmas[:-1].cpu(), 1 + args.guidance * (args.ca_weight > 0)
@@ -736,14 +738,14 @@ class Run:
     def identity(self):
         """What must be the same in a run and its continuation."""
         names = [f.name for f in fields(CDM)] + ["batch_size", "resolution", "seed", "lora_rank", "no_t5"]
-        teacher = os.path.realpath(self.sd3.name) if os.path.isdir(self.sd3.name) else self.sd3.name
-        prompts = zlib.crc32("\n".join(self.prompts).encode())
-        return {"teacher": teacher, "prompts": prompts} | {name: getattr(self.args, name) for name in names}
+        same = {"prompts": zlib.crc32("\n".join(self.prompts).encode())} | {n: getattr(self.args, n) for n in names}
+        return same | {"teacher": os.path.realpath(self.sd3.name) if os.path.isdir(self.sd3.name) else self.sd3.name}
 
     def save(self):
         """checkpoint_NNNNNN: safetensors, state.json. A kill at any moment leaves a whole one; two are kept."""
         from safetensors.torch import save_file
-        files = {file: {n: full(x).detach().contiguous() for n, x in ts.items()} for file, ts in self.state().items()}
+        files = {file: {n: y.detach().cpu().contiguous() for n, x in ts.items() for y in (full(x),) if not self.rank}
+                 for file, ts in self.state().items()}  # gathered one by one, and kept by one rank
         if self.rank:
             return
         with replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
@@ -770,18 +772,15 @@ class Run:
                     name, _, key = name.partition(":")
                     p = learner.params[name] if learner else tensors[name]
                     learner.optimizer.state[p].update({key: like(x, p)}) if learner else p.copy_(like(x, p))
-        lines = self.log.read_text().splitlines(True)  # keep those up to the checkpoint: the others will come again
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.k]
-        self.log.with_suffix(".tmp").write_text("".join(lines))
-        self.log.with_suffix(".tmp").rename(self.log)
 
     def export(self):
         """student/: the EMA student as diffusers loads it, a transformer folder or a LoRA file, and a README."""
-        net, weights = self.student.role.transformer, {n: full(x) for n, x in self.ema.items()}
+        net, weights = self.student.role.transformer, {n: full(x).cpu() for n, x in self.ema.items()}
         if self.rank:
             return
         with replacing(self.folder / "student") as folder:
             load = 'pipe = StableDiffusion3Pipeline.from_pretrained("{0}", dtype=torch.bfloat16)'
+            load = load.replace("dtype", "text_encoder_3=None, dtype") if self.args.no_t5 else load
             if self.args.lora_rank:  # with its settings, or it would load with alpha = rank
                 type(self.sd3.pipe).save_lora_weights(
                     folder, weights, transformer_lora_adapter_metadata=net.peft_config["student"].to_dict())
@@ -800,8 +799,8 @@ Distilled with CDM (Continuous-Time Distribution Matching, arXiv:2605.06376): {s
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 {load.format(self.sd3.name, self.folder / "student")}
-image = pipe("{self.prompts[0]}", num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0,
-             height={self.sd3.resolution}, width={self.sd3.resolution}).images[0]
+image = pipe({self.prompts[0]!r}, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0,
+             height={self.sd3.resolution}, width={self.sd3.resolution}, max_sequence_length={self.sd3.tokens}).images[0]
 ```
 """, encoding="utf-8")
 
@@ -812,9 +811,9 @@ def generate(args, device):
     times = torch.tensor(args.times) if args.times else uniform_times(args.sample_steps, sd3.shift)
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(args.seed))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    for prompt in args.generate:
+    for i, prompt in enumerate(args.generate):
         name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
-        path = Path(args.output_dir) / f"{name}_seed{args.seed}_{len(times)}steps.png"
+        path = Path(args.output_dir) / f"{i:02d}_{name}_seed{args.seed}_{len(times)}steps.png"
         sd3.images(Role(sd3.transformer, sd3.timesteps), [noise], times, [prompt])[0].save(path)
         print(path)
 
@@ -826,8 +825,7 @@ def main(argv=None):
         cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if args.generate:
-            generate(args, device)
-            return 0
+            return generate(args, device) or 0
         if world > 1:
             torch.cuda.set_device(device) if cuda else None
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
@@ -838,11 +836,13 @@ def main(argv=None):
         torch.distributed.destroy_process_group() if world > 1 else None
         return 0
     except Mistake as e:
-        sentence = str(e)
+        sentence = str(e) if local == 0 else ""  # all ranks make it, and one on each machine says so
+    except OSError as e:
+        sentence = f"{e}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
         sentence = ("the GPU is out of memory: try a smaller --micro-batch-size, --batch-size or --resolution, "
                     "--lora-rank 64, or --no-t5.")
-    if rank == 0:
+    if sentence:
         print(f"cdm.py: {sentence}", file=sys.stderr)
     return 2
 
