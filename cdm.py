@@ -618,9 +618,6 @@ class Run:
         self.build()
         if args.resume:
             self.resume()
-        if rank == 0:
-            print(f"cdm.py: teacher {self.sd3.name}, {args.resolution} pixels, shift {self.sd3.shift:g}; on {world} x "
-                  f"{device.type}, {args.batch_size} samples an update; {len(self.prompts)} prompts from {args.prompts}")
 
     def build(self):
         """Teacher, student and fake score as roles, the latter two as Learners; the student's EMA."""
@@ -676,6 +673,8 @@ class Run:
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.k]
             self.log.with_suffix(".tmp").write_text("".join(lines))
             self.log.with_suffix(".tmp").rename(self.log)
+            print(f"cdm.py: {self.sd3.name}, {args.resolution} pixels, shift {self.sd3.shift:g}; {args.batch_size} samples"
+                  f" an update on {self.world} x {self.device.type}; {len(self.prompts)} prompts from {args.prompts}")
         bar = tqdm(range(self.k + 1, args.iterations + 1), initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:
             begun, batches = time.perf_counter(), list(self.micro_batches(k))
