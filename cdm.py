@@ -629,8 +629,8 @@ class Run:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # yes, two adapters, on purpose
             for name in trained:
                 net.add_adapter(LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS), name)
-            for name, p in net.named_parameters():
-                p.data = p.data.float() if "lora_" in name else p.data
+            for p in (p for name, p in net.named_parameters() if "lora_" in name):
+                p.data = p.data.float()
         else:  # three networks, of which the frozen one needs no float32
             nets |= {"teacher": copy.deepcopy(net).to(self.sd3.dtype), "fake_score": copy.deepcopy(net)}
             nets["student"].requires_grad_(True), nets["fake_score"].requires_grad_(True)
@@ -673,8 +673,9 @@ class Run:
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.k]
             self.log.with_suffix(".tmp").write_text("".join(lines))
             self.log.with_suffix(".tmp").rename(self.log)
-            print(f"cdm.py: {self.sd3.name}, {args.resolution} pixels, shift {self.sd3.shift:g}; {args.batch_size} samples"
-                  f" an update on {self.world} x {self.device.type}; {len(self.prompts)} prompts from {args.prompts}")
+            sd3, where = self.sd3, f"on {self.world} x {self.device.type}"
+            print(f"cdm.py: {sd3.name}, {args.resolution} pixels, shift {sd3.shift:g}; {len(self.prompts)} prompts "
+                  f"from {args.prompts}; {args.batch_size} samples an update, {where}")
         bar = tqdm(range(self.k + 1, args.iterations + 1), initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:
             begun, batches = time.perf_counter(), list(self.micro_batches(k))
