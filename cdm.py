@@ -812,10 +812,11 @@ def generate(args, device):
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(args.seed))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.generate):
-        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
-        path = Path(args.output_dir) / f"{i:02d}_{name}_seed{args.seed}_{len(times)}steps.png"
+        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] + f"_seed{args.seed}_steps"
+        path = Path(args.output_dir, f"{i:02d}_{name}{'-'.join(map(str, args.times or [args.sample_steps]))}.png")
         sd3.images(Role(sd3.transformer, sd3.timesteps), [noise], times, [prompt])[0].save(path)
         print(path)
+    return 0
 
 def main(argv=None):
     """Returns the exit code: 0, or 2 after one sentence about a mistake."""
@@ -825,7 +826,7 @@ def main(argv=None):
         cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if args.generate:
-            return generate(args, device) or 0
+            return generate(args, device)
         if world > 1:
             torch.cuda.set_device(device) if cuda else None
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
@@ -842,8 +843,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         sentence = ("the GPU is out of memory: try a smaller --micro-batch-size, --batch-size or --resolution, "
                     "--lora-rank 64, or --no-t5.")
-    if sentence:
-        print(f"cdm.py: {sentence}", file=sys.stderr)
+    print(f"cdm.py: {sentence}\n" if sentence else "", end="", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":
