@@ -509,7 +509,7 @@ class Settings(CDM):
 
 def parse_args(argv=None):
     """Settings from the command line, a flag for each field. Raises Mistake for what cannot work; writes nothing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: require(False, f"{message}; --help lists the flags.")
     for f in fields(Settings):
         switch = argparse.BooleanOptionalAction if f.default else "store_true"
