@@ -782,8 +782,8 @@ class Run:
             load = 'pipe = StableDiffusion3Pipeline.from_pretrained("{0}", dtype=torch.bfloat16)'
             load = load.replace("dtype", "text_encoder_3=None, dtype") if self.args.no_t5 else load
             if self.args.lora_rank:  # with its settings, or it would load with alpha = rank
-                type(self.sd3.pipe).save_lora_weights(
-                    folder, weights, transformer_lora_adapter_metadata=net.peft_config["student"].to_dict())
+                lora = {k: sorted(x) if type(x) is set else x for k, x in net.peft_config["student"].to_dict().items()}
+                type(self.sd3.pipe).save_lora_weights(folder, weights, transformer_lora_adapter_metadata=lora)
                 load += '\npipe.load_lora_weights("{1}")'
             else:
                 model = type(net).from_config(net.config)
