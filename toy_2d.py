@@ -2,7 +2,7 @@
 
     python toy_2d.py                   # under 3 minutes on two CPU cores
     python toy_2d.py --mixture ring    # equal mode weights (the default, uneq, has 8 : 4 : 2 : 1)
-    python toy_2d.py --seeds 5 --iterations 1500   # means and standard deviations over seeds: README's numbers
+    python toy_2d.py --seeds 5 --iterations 3000   # means and standard deviations over seeds: README's numbers
     python toy_2d.py --quick           # 20 seconds: does everything run?
 
 A Gaussian mixture with known means is the data. Its velocity has a closed form, so the teacher is exact, with and
