@@ -3,10 +3,8 @@
 Distils a flow-matching text-to-image model (SD3-Medium) into a 4-step generator, from prompts alone: no images, no GAN,
 no reward. Sections: 1. the algorithm, torch only, for any model; 2. SD3 through diffusers; 3. running.
 
-    python cdm.py --teacher stabilityai/stable-diffusion-3-medium                     # one GPU: full fine-tuning
-    python cdm.py --teacher stabilityai/stable-diffusion-3-medium --lora-rank 64      # a smaller one: LoRA
-    torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...                     # many GPUs: FSDP2
-    python cdm.py --teacher tests/digits_sd3 --prompts tests/digits_sd3/prompts.txt   # a laptop; README has the flags
+    python cdm.py --teacher stabilityai/stable-diffusion-3-medium      # one GPU; --lora-rank 64 for a smaller one
+    torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...      # many GPUs: FSDP2
     python cdm.py --generate "a red fox" --student runs/cdm/student --teacher ... --sample-steps 4 --seed 0
 
 Notation. t = 0 is data and t = 1 is noise; c is the prompt, (/) the empty prompt, sg[] stops the gradient.
@@ -32,15 +30,14 @@ From the paper to the code (Eqs. 1, 3-4 and 7 have numbers here; all else is cit
     fake score, pull to student     L_fake       fake_score_loss, average_into
     one iteration                                cdm_iteration         put a finger on every arrow here
 
-Left out on purpose: GAN and reward losses, image data, evaluation (the paper's metrics need models of their own), other
-architectures, EMA of anything but the student, logging services. Not in the paper: --anchor-aware-fake, off by default.
+Not in the paper: --anchor-aware-fake, off by default. README says what is left out on purpose.
 """
 
 from __future__ import annotations
 
 import argparse, contextlib, copy, itertools, json, math, os, re, resource, shutil, signal, sys, time, warnings, zlib
 from collections import namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +47,6 @@ import torch.nn.functional as F
 # ======================================================================================================================
 # 1. The algorithm. It knows nothing of SD3, files or flags. A model is any callable model(x_t, t, cond) -> v with
 #    x_t, v: (B, ...), t: (B,) in [0, 1], cond: a tuple of tensors with first axis B. So are shapes below unless said.
-# ======================================================================================================================
 
 def _like(t, x):  # times (B,) or a scalar, viewed so that they multiply x
     return t.reshape(-1, *[1] * (x.ndim - 1))
@@ -79,7 +75,6 @@ def uniform_times(steps, shift=1.0):
     return shift_times(1 - torch.arange(steps) / steps, shift)
 
 # ------------------------------------------------------------------ dynamic schedule and backward simulation (sec. 3.2)
-
 def sample_schedule(max_steps, low, high, shift=1.0, stratified=False, generator=None):
     """Draws N ~ U{1..max_steps} and times 1 = t_1 > t_2 > ... > t_N > 0, (N,) on the CPU.  (sec. 3.2)
 
@@ -127,7 +122,6 @@ def sample(model, noise, times, cond):
     return x
 
 # ---------------------------------------------------------------------------- the losses (sec. 3.1, Eqs. 3-4; sec. 3.3)
-
 def dmd_weight(d_real, x0_hat, floor=0.1):
     """Per-sample weight w = 1 / max(mean |D_real - x0_hat|, floor), (B,); the mean is over all entries of a sample."""
     return 1 / (d_real - x0_hat).abs().flatten(1).mean(1).clamp(min=floor)
@@ -177,7 +171,6 @@ def fake_score_loss(fake_score, x0, cond, tau, noise):
     return F.mse_loss(fake_score(add_noise(x0, tau, noise), tau, cond), noise - x0)
 
 # -------------------------------------------------------------------------------------------------------- one iteration
-
 def flag(default, text, low=None, **more):
     """A dataclass field that is a command-line flag too: default, help, least value, and more for argparse."""
     return field(default=default, metadata={"low": low, "argparse": {"default": default, "help": text, **more}})
@@ -185,7 +178,6 @@ def flag(default, text, low=None, **more):
 @dataclass
 class CDM:
     """The method's settings. The defaults are the released SD3-Medium configuration."""
-
     ca_weight: float = flag(1.0, "weight of L_CA, CFG augmentation", low=0)
     dm_weight: float = flag(1.0, "weight of L_DM, distribution matching", low=0)
     cdm_weight: float = flag(1.0, "weight of L_CDM, continuous-time matching", low=0)
@@ -240,13 +232,14 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
 
 class Learner:
     """A network in training. role: its model; groups: [(parameters by name, learning rate)]. AdamW, warm-up, clip."""
-
     def __init__(self, role, groups, cfg):
         self.role, self.cfg, self.updates = role, cfg, 0
         self.params = {name: p for params, _ in groups for name, p in params.items()}
         groups = [dict(params=list(params.values()), base_lr=lr) for params, lr in groups]
         self.optimizer = torch.optim.AdamW(groups, 0.0, (0.9, 0.999), 1e-8, cfg.weight_decay, fused=True)
-
+        for p in self.params.values():  # as AdamW would at its first step, so that a resumed run can fill it
+            self.optimizer.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p]["step"] = torch.zeros((), device=p.device)
     def step(self):
         """Clips, updates and frees the gradients. Returns their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip)
@@ -270,7 +263,6 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
     Learners; ema: the student's averaged parameters by name. Returns figures for the log, scalar tensors by name.
     """
     stats, share = {}, 1 / len(batches)
-
     def record(name, value):
         stats[name] = stats.get(name, 0) + share * value.detach()
         return value
@@ -332,8 +324,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 # ======================================================================================================================
 # 2. SD3: loading, prompts to conditions, a transformer as a model, images. What diffusers does well is left to it.
 
-# The id that people type holds single-file checkpoints only; its sibling has the layout that diffusers loads.
-SIBLINGS = {"stabilityai/stable-diffusion-3-medium": "stabilityai/stable-diffusion-3-medium-diffusers"}
+KEPT, BLOCK = 4, 100  # bytes a token and channel: a block's kept input; all that one block keeps for backward
 # The released LoRA targets: attention projections and feed-forward layers of the image and of the text stream.
 LORA_TARGETS = [f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()]
 LORA_TARGETS += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
@@ -349,16 +340,15 @@ def resolve_teacher(name):
     """A folder or hub id -> one that `StableDiffusion3Pipeline.from_pretrained` loads. Raises Mistake if it is none."""
     index = Path(name) / "model_index.json"
     if not os.path.isdir(name):
-        from huggingface_hub import errors, hf_hub_download
-        name = SIBLINGS.get(name, name)
-        reasons = {errors.GatedRepoError: "is gated", errors.RepositoryNotFoundError: "is unknown, or private",
-                   errors.HFValidationError: "is neither a folder nor a hub id",
-                   errors.RemoteEntryNotFoundError: "is not in diffusers layout: it has no model_index.json",
-                   Exception: "is no folder here, cannot be reached on the hub and is not in the local cache"}
+        from huggingface_hub import hf_hub_download
+        name += "-diffusers" * (name == "stabilityai/stable-diffusion-3-medium")  # has single-file checkpoints only
+        reasons = {"GatedRepoError": "is gated", "RepositoryNotFoundError": "is unknown, or private",
+                   "HFValidationError": "is neither a folder nor a hub id",
+                   "RemoteEntryNotFoundError": "is not in diffusers layout: it has no model_index.json"}
         try:
             index = hf_hub_download(name, "model_index.json")
         except Exception as e:
-            reason = next(text for kind, text in reasons.items() if isinstance(e, kind))
+            reason = reasons.get(type(e).__name__, "is no folder here and cannot be reached on the hub or in its cache")
             raise Mistake(f"--teacher {name} {reason}: check it, accept its licence at https://huggingface.co/{name} "
                           "and log in with `hf auth login`, or give a pipeline folder.")
     try:
@@ -371,13 +361,11 @@ def resolve_teacher(name):
 
 class AnchorTime(torch.nn.Module):
     """NOT IN THE PAPER, --anchor-aware-fake: sin/cos features of a time, (B,) -> (B, width), zero at first."""
-
     def __init__(self, width, features=64):
         super().__init__()
         self.register_buffer("frequency", torch.logspace(0, 2, features), persistent=False)
         self.linear = torch.nn.Linear(2 * features, width)
         torch.nn.init.zeros_(self.linear.weight), torch.nn.init.zeros_(self.linear.bias)
-
     def forward(self, t):
         angle = t[:, None] * self.frequency
         return self.linear(torch.cat([angle.sin(), angle.cos()], 1))
@@ -388,21 +376,16 @@ class Role:
     adapter: with LoRA the three roles share one transformer; this names the role's adapter, "" is the teacher, the bare
     base, and None is without LoRA. anchor_time: an AnchorTime, for the anchor-aware fake score.
     """
-
     def __init__(self, transformer, timesteps, adapter=None, anchor_time=None):
         self.transformer, self.timesteps, self.adapter, self.anchor_time = transformer, timesteps, adapter, anchor_time
-
     def activate(self, *_):
         net = self.transformer
         if self.adapter is None or getattr(net, "active_role", None) == self.adapter:
             return
         net.active_role = self.adapter
-        net.enable_adapters() if self.adapter else net.disable_adapters()
-        if self.adapter:
-            net.set_adapter(self.adapter)
+        net.set_adapter(self.adapter or "student"), (net.enable_adapters if self.adapter else net.disable_adapters)()
         for name, p in net.named_parameters():
             p.requires_grad_("lora_" in name)  # set_adapter froze the other adapter, whose backward may be yet to come
-
     def __call__(self, x_t, t, cond, anchor_t=None):
         self.activate()
         embeds, pooled = cond
@@ -418,10 +401,9 @@ class Role:
 
 class SD3:
     """A frozen StableDiffusion3Pipeline as the algorithm needs it: conditions, latent shape, shift, images."""
-
     def __init__(self, args, device, student=None):  # student: a folder that replaces the transformer, for --generate
-        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ.setdefault(name, "error")  # importing diffusers tells of optional packages that nobody misses
+        loud = "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"  # about packages that nobody misses
+        os.environ.update(dict.fromkeys(loud, "error") | os.environ)
         import diffusers, transformers
         diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
         self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -438,9 +420,10 @@ class SD3:
                 self.pipe.load_lora_weights(student)
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise Mistake(f"{where} cannot be loaded as an SD3 model: {' '.join(str(e).split())[:300]}")
-        encoders = self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3
-        for module in filter(None, (*encoders, self.pipe.vae, net)):
-            module.requires_grad_(False).eval().to(device)
+        self.encoders = [m for name, m in self.pipe.components.items() if m and name.startswith("text_encoder")]
+        self.resting = torch.device("cpu") if args.offload_text_encoders else device  # where they are between uses
+        for module in (*self.encoders, self.pipe.vae, net):
+            module.requires_grad_(False).eval().to(self.resting if module in self.encoders else device)
         scale, config, scheduler = self.pipe.vae_scale_factor, net.config, self.pipe.scheduler.config
         self.transformer, self.shift, self.timesteps = net, scheduler.shift, scheduler.num_train_timesteps
         self.resolution, patch = args.resolution or config.sample_size * scale, config.patch_size * scale
@@ -450,33 +433,33 @@ class SD3:
         self.shape = (config.in_channels, self.resolution // scale, self.resolution // scale)
         self.tokens = min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
         self.empty = self.encode([""])
-
     @torch.no_grad()
     def encode(self, prompts):
         """Prompts -> cond: text embeddings (B, tokens, width), pooled embeddings (B, pooled)."""
+        for module in self.encoders:
+            module.to(self.device)
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), None, None, self.device, do_classifier_free_guidance=False, max_sequence_length=self.tokens)
+        for module in self.encoders:
+            module.to(self.resting)
         return embeds, pooled
-
     def uncond(self, n):
         """The empty prompt's cond for n samples. It is encoded once."""
         return tuple(c.expand(n, *c.shape[1:]) for c in self.empty)
-
     def guided(self, model, scale):
         """The model under classifier-free guidance, v(empty) + scale [v(c) - v(empty)]. Two evaluations."""
         def guided_model(x_t, t, cond):
             v = model(x_t, t, self.uncond(len(x_t)))
             return v + scale * (model(x_t, t, cond) - v)
         return guided_model
-
     @torch.no_grad()
     def images(self, model, noise, times, prompts):
         """One PIL image a prompt, one at a time to bound the memory. noise: (1, C, h, w) each, on the CPU."""
-        vae, images = self.pipe.vae, []
-        for z, prompt in zip(noise, prompts):
-            x0 = sample(model, z.to(self.device), times, self.encode([prompt]))
-            x0 = (x0 / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-            images += self.pipe.image_processor.postprocess(vae.decode(x0).sample.float(), output_type="pil")
+        vae, images, cond = self.pipe.vae, [], self.encode(prompts)
+        for i, z in enumerate(noise):
+            x0 = sample(model, z.to(self.device), times, _rows(cond, slice(i, i + 1)))
+            x = vae.decode((x0 / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample.float()
+            images += self.pipe.image_processor.postprocess(x, output_type="pil")
         return images
 
 # ======================================================================================================================
@@ -485,7 +468,6 @@ class SD3:
 @dataclass
 class Settings(CDM):
     """Everything else that the command line sets."""
-
     teacher: str = flag("stabilityai/stable-diffusion-3-medium", "hub id or folder of a StableDiffusion3Pipeline")
     prompts: str = flag(None, "UTF-8 text file, one prompt a line; default: composed from built-in lists")
     output_dir: str = flag(None, "everything is written here; default: runs/cdm, with --generate runs/images")
@@ -498,7 +480,9 @@ class Settings(CDM):
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "cpu"))
     lora_rank: int = flag(0, "train LoRA of this rank (released: 64), alpha twice that; 0: full fine-tuning", low=0)
     no_t5: bool = flag(False, "leave out the T5 text encoder, 9.5 GB in bf16; then --generate without it too")
+    offload_text_encoders: bool = flag(False, "text encoders wait on the CPU, one round trip in each iteration")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward")
+    compile: bool = flag(False, "torch.compile the transformer's repeated block: minutes once, then faster iterations")
     save_every: int = flag(500, "iterations between checkpoints, of which the newest two are kept", low=1)
     sample_every: int = flag(500, "iterations between sample grids; 0: none", low=0)
     sample_count: int = flag(8, "images in a row of the sample grid", low=1)
@@ -535,13 +519,11 @@ def parse_args(argv=None):
     return args
 
 def read_prompts(path=None):
-    """The prompts of a UTF-8 file, one a line, without blanks and duplicates. Without a file: 4,212 composed ones."""
+    """The prompts of a UTF-8 file, one a line, without blanks and duplicates. Without a file: 2,268 composed ones."""
     if path is None:
         lists = ("a photograph/an oil painting/a watercolor/a pencil drawing/a 3D render/a woodcut",
-                 "a red fox/an old fisherman/a glass teapot/a steam locomotive/a barn owl/a bowl of ramen/an astronaut/"
-                 "a robot/a ballet dancer/a wooden violin/a street musician/a child with a kite/a woman in a raincoat",
-                 "in a misty forest/on a rocky coast/in a city at night/in a sunlit room/under a stormy sky/by a lake/"
-                 "in a narrow alley/on a snowy ridge/in a greenhouse",
+                 "a red fox/a fisherman/a glass teapot/a barn owl/a bowl of ramen/an astronaut/a robot/a dancer/a lute",
+                 "in a misty forest/on a rocky coast/in a city at night/in a sunlit room/in a greenhouse/by a lake/on a snowy ridge",
                  "soft morning light/golden hour/dramatic side lighting/neon glow/overcast daylight/candlelight")
         prompts = ["{} of {} {}, {}".format(*w) for w in itertools.product(*(x.split("/") for x in lists))]
         return [prompts[i] for i in torch.randperm(len(prompts), generator=generator("prompts"))]
@@ -552,6 +534,37 @@ def read_prompts(path=None):
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     require(prompts, f"--prompts {path} holds no prompt: write one a line.")
     return prompts
+
+def preflight(args, free, world=1):
+    """Memory arithmetic, from config.json files alone, against a GPU's free GiB before any weight is loaded.
+
+    Returns a line to print. Raises Mistake with the flags that would fit, or the size of card that even they need.
+    """
+    import diffusers, transformers
+    name, kind, auto = resolve_teacher(args.teacher), diffusers.SD3Transformer2DModel, transformers.AutoConfig
+    with torch.device("meta"):
+        net = kind.from_config(kind.load_config(name, subfolder="transformer"))
+        text = [transformers.AutoModelForTextEncoding.from_config(auto.from_pretrained(name, subfolder=folder))
+                for folder in ("text_encoder", "text_encoder_2", "text_encoder_3")[:2 if args.no_t5 else 3]]
+    rank_1 = sum(m.in_features + m.out_features for n, m in net.named_modules() if n.endswith(tuple(LORA_TARGETS)))
+    side = (args.resolution or 8 * net.config.sample_size) // (8 * net.config.patch_size)
+    blocks = net.config.num_layers * (KEPT if args.gradient_checkpointing else BLOCK) + BLOCK
+
+    def gib(micro, rank, offload):
+        n, encoders = net.num_parameters(), 2 * sum(m.num_parameters() for m in text)
+        fixed = (2 * n + 28 * (rank * rank_1 or n)) / world  # the teacher; 2 roles and their AdamW, a gradient, the EMA
+        activations = micro * (side**2 + 333) * net.inner_dim * blocks
+        return 1 + (fixed + (max if offload else sum)((encoders, activations))) / 2**30
+
+    micro, rank, _ = of = args.micro_batch_size, args.lora_rank, args.offload_text_encoders
+    have = f"training needs about {gib(*of):.0f} GiB of GPU memory, {free:.0f} are free"
+    one, offload, lora = " --micro-batch-size 1", " --offload-text-encoders", " --lora-rank 64"
+    for flags, *levers in (("", *of), (offload, micro, rank, True), (offload + one, 1, rank, True),
+                           (offload + lora, micro, rank or 64, True), (offload + lora + one, 1, rank or 64, True)):
+        if gib(*levers) <= free:
+            require(not flags, f"{have}: add{flags}, which needs about {gib(*levers):.0f}.")
+            return have
+    raise Mistake(f"{have}, and even{flags} needs {gib(*levers):.0f}: take such a card, or a smaller --resolution.")
 
 def shard(module, device):
     """FSDP2: shards a network over all ranks, in place, block by block; on CUDA bf16 compute, float32 reduction."""
@@ -567,40 +580,33 @@ def full(x):
     """A sharded tensor gathered from all ranks; any other as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-def like(x, p):
-    """The reverse of full: the whole tensor x on p's device, sharded as p is sharded."""
-    if hasattr(p, "device_mesh") and x.shape == p.shape:
-        return torch.distributed.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-    return x.to(p.device)
-
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, rank=0, wait=lambda: None):
     """A folder that appears at `path` whole or not at all: filled under another name, flushed to disk, renamed."""
     tmp = path.with_suffix(".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
+    shutil.rmtree(tmp, ignore_errors=True) if rank == 0 else None
+    wait()  # all ranks fill it
+    tmp.mkdir(parents=True, exist_ok=True)
     yield tmp
-    for file in tmp.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    tmp.rename(path)
+    wait()
+    if rank == 0:
+        os.sync()
+        shutil.rmtree(path, ignore_errors=True)
+        tmp.rename(path)
 
 def draw_grid(rows, path):
     """Writes one PNG from rows of (label, PIL images), each image 96 to 512 pixels a side."""
-    from PIL import Image, ImageDraw, ImageFont
-    side, strip = min(max(rows[0][1][0].width, 96), 512), 20
-    canvas = Image.new("RGB", ((side + 4) * len(rows[0][1]) - 4, (side + strip) * len(rows)), "white")
+    from PIL import Image, ImageDraw
+    side = min(max(rows[0][1][0].width, 96), 512)
+    canvas = Image.new("RGB", ((side + 4) * len(rows[0][1]) - 4, (side + 20) * len(rows)), "white")
     for y, (label, images) in enumerate(rows):
-        ImageDraw.Draw(canvas).text((2, y * (side + strip) + 2), label, fill="black", font=ImageFont.load_default(13))
-        for x, image in enumerate(images):
-            how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            canvas.paste(image.resize((side, side), how), (x * (side + 4), y * (side + strip) + strip))
+        ImageDraw.Draw(canvas).text((2, y * (side + 20) + 2), label, fill="black", font_size=13)
+        for x, image in enumerate(images):  # BOX: enlarged pixels stay squares
+            canvas.paste(image.resize((side, side), Image.Resampling.BOX), (x * (side + 4), y * (side + 20) + 20))
     canvas.save(path)
 
 class Run:
     """One training run: the three roles, the EMA, the prompts; log, samples, checkpoints, export in --output-dir."""
-
     def __init__(self, args, device, rank=0, world=1):
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.k, self.stop, self.reference, self.folder = 0, False, [], Path(args.output_dir)
@@ -608,17 +614,23 @@ class Run:
         require(args.resume or not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()),
                 f"--output-dir {self.folder} is in use: add --resume to continue a run, or choose another.")
         require(self.log.exists() or not args.resume, f"--resume: there is no run in {self.folder}; start it without.")
+        try:
+            args.compile and torch.compile(torch.sin)(torch.zeros(2, device=device))
+        except Exception as e:
+            raise Mistake(f"--compile cannot work here, leave it out or mend this: {' '.join(str(e).split())[:200]}")
         args.batch_size = args.batch_size or 16 * world
         self.batch = args.batch_size // world
         args.micro_batch_size = args.micro_batch_size or math.gcd(self.batch, 4 * (device.type == "cuda")) or 1
         require(args.batch_size % (world * args.micro_batch_size) == 0, f"--batch-size {args.batch_size} must be a "
                 f"multiple of {world} process(es) times --micro-batch-size {args.micro_batch_size}.")
+        if device.type == "cuda" and rank == 0:
+            print("cdm.py:", preflight(args, torch.cuda.mem_get_info(device)[0] / 2**30, world))
+        warnings.filterwarnings("ignore", "Already found a `peft_config`|torch.distributed is disabled")
         self.prompts, self.sd3 = read_prompts(args.prompts), SD3(args, device)
         args.resolution, args.prompts = self.sd3.resolution, args.prompts or "built-in lists"
         self.build()
         if args.resume:
             self.resume()
-
     def build(self):
         """Teacher, student and fake score as roles, the latter two as Learners; the student's EMA."""
         args, net, trained, r = self.args, self.sd3.transformer, ("student", "fake_score"), self.args.lora_rank
@@ -626,7 +638,6 @@ class Run:
         if r:  # three roles on one frozen base
             from peft import LoraConfig
             torch.manual_seed(args.seed)  # the one draw from the global generator
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # yes, two adapters, on purpose
             for name in trained:
                 net.add_adapter(LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS), name)
             for p in (p for name, p in net.named_parameters() if "lora_" in name):
@@ -636,6 +647,10 @@ class Run:
             nets["student"].requires_grad_(True), nets["fake_score"].requires_grad_(True)
         self.sd3.pipe.transformer = nets["teacher"]
         anchor_time = AnchorTime(net.config.pooled_projection_dim).to(self.device) if args.anchor_aware_fake else None
+        if args.compile:  # the repeated block alone: minutes less than the whole network, and the same speed
+            torch._dynamo.config.recompile_limit = 64  # roles, with and without gradient, shrinking batches
+            for block in (b for module in dict.fromkeys(nets.values()) for b in module.transformer_blocks):
+                block.compile()
         for module in filter(None, dict.fromkeys((*nets.values(), anchor_time))) if self.world > 1 else ():
             shard(module, self.device)
         roles, params = {}, {}
@@ -652,17 +667,15 @@ class Run:
         self.teacher, self.fake_score = roles["teacher"], Learner(roles["fake_score"], groups, args)
         self.student = Learner(roles["student"], [(params["student"], args.student_lr)], args)
         self.ema = {n: p.detach().clone() for n, p in self.student.params.items()}
-
     def micro_batches(self, k):
         """Iteration k's (cond, uncond, Draw) for this rank's rows of the global batch, in micro-batches."""
-        args, sd3, first = self.args, self.sd3, self.rank * self.batch
+        args, sd3, n, first = self.args, self.sd3, self.args.micro_batch_size, self.rank * self.batch
         chosen = torch.randint(len(self.prompts), (args.batch_size,), generator=generator(args.seed, k, "prompts"))
-        for i in range(first, first + self.batch, args.micro_batch_size):
-            rows = slice(i, i + args.micro_batch_size)
+        cond = sd3.encode([self.prompts[j] for j in chosen[first:first + self.batch]])
+        for i in range(0, self.batch, n):
+            rows = slice(first + i, first + i + n)
             of = args.seed, k, args.batch_size, sd3.shape, sd3.shift, rows, self.device, self.world
-            cond = sd3.encode([self.prompts[j] for j in chosen[rows]])
-            yield cond, sd3.uncond(args.micro_batch_size), draw_iteration(args, *of)
-
+            yield _rows(cond, slice(i, i + n)), sd3.uncond(n), draw_iteration(args, *of)
     def train(self):
         """The loop: iterate, log, sample, save; at the end, or after a signal, export."""
         from tqdm import tqdm
@@ -671,11 +684,9 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True), self.log.touch()
             lines = self.log.read_text().splitlines(True)  # resumed: those after the checkpoint will come again
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.k]
-            self.log.with_suffix(".tmp").write_text("".join(lines))
-            self.log.with_suffix(".tmp").rename(self.log)
-            sd3, where = self.sd3, f"on {self.world} x {self.device.type}"
-            print(f"cdm.py: {sd3.name}, {args.resolution} pixels, shift {sd3.shift:g}; {len(self.prompts)} prompts "
-                  f"from {args.prompts}; {args.batch_size} samples an update, {where}")
+            self.log.write_text("".join(lines))
+            print(f"cdm.py: {self.sd3.name}, {args.resolution} pixels, shift {self.sd3.shift:g}; {len(self.prompts)} "
+                  f"prompts from {args.prompts}; {args.batch_size} an update, on {self.world} x {self.device.type}")
         bar = tqdm(range(self.k + 1, args.iterations + 1), initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:
             begun, batches = time.perf_counter(), list(self.micro_batches(k))
@@ -702,14 +713,12 @@ class Run:
             if stop:
                 break
         self.export()
-
     @torch.no_grad()
     def swap_ema(self):
         """Exchanges the student's weights and their average, in place; a sharded network must hold no gathered copy."""
         for name, p in self.student.params.items():
             average = self.ema[name].clone()
             self.ema[name].copy_(p), p.copy_(average)
-
     def draw_samples(self):
         """samples/step_NNNNNN.png: the EMA student's images under the teacher's, for fixed prompts and noise."""
         args, sd3, few, n = self.args, self.sd3, uniform_times(4, self.sd3.shift), range(self.args.sample_count)
@@ -726,39 +735,34 @@ class Run:
         self.swap_ema()
         if self.rank == 0:
             draw_grid([*self.reference, student], self.folder / "samples" / f"step_{self.k:06d}.png")
-
     def state(self):
         """Every tensor that training changes, by file and name. All else is a function of the settings and k."""
         files = {"ema": self.ema, "student": self.student.params, "fake_score": self.fake_score.params}
         for file, learner in (("student_adamw", self.student), ("fake_score_adamw", self.fake_score)):
-            files[file] = {f"{n}:{key}": x for n, p in learner.params.items()
-                           for key, x in learner.optimizer.state.get(p, {}).items()}
+            state = learner.optimizer.state
+            files[file] = {f"{n}:{key}": x for n, p in learner.params.items() for key, x in state[p].items()}
         return files
-
     def identity(self):
         """What must be the same in a run and its continuation."""
         names = [f.name for f in fields(CDM)] + ["batch_size", "resolution", "seed", "lora_rank", "no_t5"]
         same = {"prompts": zlib.crc32("\n".join(self.prompts).encode())} | {n: getattr(self.args, n) for n in names}
         return same | {"teacher": os.path.realpath(self.sd3.name) if os.path.isdir(self.sd3.name) else self.sd3.name}
-
     def save(self):
-        """checkpoint_NNNNNN: safetensors, state.json. A kill at any moment leaves a whole one; two are kept."""
-        from safetensors.torch import save_file
-        files = {file: {n: y.detach().cpu().contiguous() for n, x in ts.items() for y in (full(x),) if not self.rank}
-                 for file, ts in self.state().items()}  # gathered one by one, and kept by one rank
-        if self.rank:
-            return
-        with replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
-            for file, tensors in files.items():
-                save_file(tensors, folder / f"{file}.safetensors")
-            (folder / "state.json").write_text(json.dumps({"iteration": self.k, "settings": self.identity()}, indent=1))
-        for old in sorted(self.folder.glob("checkpoint_??????"))[:-2]:
+        """checkpoint_NNNNNN: safetensors by torch's distributed checkpoint, each rank its shards, so that any number of
+        processes can go on; state.json. A kill at any moment leaves a whole one; two are kept."""
+        from torch.distributed import checkpoint as dcp
+        wait = torch.distributed.barrier if self.world > 1 else lambda: None
+        with replacing(self.folder / f"checkpoint_{self.k:06d}", self.rank, wait) as folder:
+            for file, tensors in self.state().items():
+                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder / file, save_distributed=True))
+            if not self.rank:
+                state = {"iteration": self.k, "settings": self.identity()}
+                (folder / "state.json").write_text(json.dumps(state, indent=1))
+        for old in sorted(self.folder.glob("checkpoint_??????"))[:-2] if not self.rank else ():
             shutil.rmtree(old)
-
-    @torch.no_grad()
     def resume(self):
         """Loads the newest checkpoint, if there is one yet. Raises Mistake if the run was made with other settings."""
-        from safetensors.torch import load_file
+        from torch.distributed import checkpoint as dcp
         for newest in sorted(self.folder.glob("checkpoint_??????"))[-1:]:
             was = json.loads((newest / "state.json").read_text())
             for name, now in self.identity().items():
@@ -767,30 +771,24 @@ class Run:
             self.k = was["iteration"]
             self.fake_score.updates, self.student.updates = self.k, self.k // self.args.student_every
             for file, tensors in self.state().items():
-                learner = {"student_adamw": self.student, "fake_score_adamw": self.fake_score}.get(file)
-                for name, x in load_file(newest / f"{file}.safetensors").items():
-                    name, _, key = name.partition(":")
-                    p = learner.params[name] if learner else tensors[name]
-                    learner.optimizer.state[p].update({key: like(x, p)}) if learner else p.copy_(like(x, p))
-
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(newest / file))
     def export(self):
         """student/: the EMA student as diffusers loads it, a transformer folder or a LoRA file, and a README."""
         net, weights = self.student.role.transformer, {n: full(x).cpu() for n, x in self.ema.items()}
         if self.rank:
             return
         with replacing(self.folder / "student") as folder:
-            load = 'pipe = StableDiffusion3Pipeline.from_pretrained("{0}", dtype=torch.bfloat16)'
-            load = load.replace("dtype", "text_encoder_3=None, dtype") if self.args.no_t5 else load
             if self.args.lora_rank:  # with its settings, or it would load with alpha = rank
                 lora = {k: sorted(x) if type(x) is set else x for k, x in net.peft_config["student"].to_dict().items()}
                 type(self.sd3.pipe).save_lora_weights(folder, weights, transformer_lora_adapter_metadata=lora)
-                load += '\npipe.load_lora_weights("{1}")'
+                without, load = "", f'pipe.load_lora_weights("{self.folder}/student")'
             else:
                 model = type(net).from_config(net.config)
                 model.load_state_dict(weights | dict(net.named_buffers()))
                 model.save_pretrained(folder)
-                load = ('transformer = SD3Transformer2DModel.from_pretrained("{1}", dtype=torch.bfloat16)\n'
-                        + load.replace("dtype=", "transformer=transformer, dtype="))
+                load = f'SD3Transformer2DModel.from_pretrained("{self.folder}/student", dtype=torch.bfloat16)'
+                without, load = "transformer=None, ", f"pipe.transformer = {load}"
+            without += "text_encoder_3=None, " if self.args.no_t5 else ""
             (folder / "README.md").write_text(f"""# A 4-step student of {self.sd3.name}
 
 Distilled with CDM (Continuous-Time Distribution Matching, arXiv:2605.06376): {self.student.updates} updates, EMA.
@@ -798,7 +796,8 @@ Distilled with CDM (Continuous-Time Distribution Matching, arXiv:2605.06376): {s
 ```python
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-{load.format(self.sd3.name, self.folder / "student")}
+pipe = StableDiffusion3Pipeline.from_pretrained("{self.sd3.name}", {without}dtype=torch.bfloat16)
+{load}
 image = pipe({self.prompts[0]!r}, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0,
              height={self.sd3.resolution}, width={self.sd3.resolution}, max_sequence_length={self.sd3.tokens}).images[0]
 ```
@@ -812,8 +811,8 @@ def generate(args, device):
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(args.seed))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.generate):
-        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] + f"_seed{args.seed}_steps"
-        path = Path(args.output_dir, f"{i:02d}_{name}{'-'.join(map(str, args.times or [args.sample_steps]))}.png")
+        name, steps = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80], args.times or [args.sample_steps]
+        path = Path(args.output_dir, f"{i:02d}_{name}_seed{args.seed}_steps{'-'.join(map(str, steps))}.png")
         sd3.images(Role(sd3.transformer, sd3.timesteps), [noise], times, [prompt])[0].save(path)
         print(path)
     return 0
@@ -829,7 +828,9 @@ def main(argv=None):
             return generate(args, device)
         if world > 1:
             torch.cuda.set_device(device) if cuda else None
-            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+            backend = "nccl" if cuda else "gloo"
+            require(torch.distributed.is_backend_available(backend), f"torch has no {backend}: run a single process.")
+            torch.distributed.init_process_group(backend)
         run = Run(args, device, rank, max(world, 1))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(run, "stop", True))  # train() saves and ends after its iteration
@@ -841,8 +842,7 @@ def main(argv=None):
     except OSError as e:
         sentence = f"{e}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
-        sentence = ("the GPU is out of memory: try a smaller --micro-batch-size, --batch-size or --resolution, "
-                    "--lora-rank 64, or --no-t5.")
+        sentence = "the GPU is out of memory: try --micro-batch-size 1, --offload-text-encoders or --lora-rank 64."
     print(f"cdm.py: {sentence}\n" if sentence else "", end="", file=sys.stderr)
     return 2
 

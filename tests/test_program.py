@@ -37,6 +37,7 @@ SMALL = ["--teacher", TEACHER, "--prompts", PROMPT_FILE, "--batch-size", "8", "-
 # Learning rates at which six iterations change pictures that have 256 levels of grey.
 LIVELY = SMALL + ["--student-lr", "3e-3", "--fake-lr", "3e-3", "--warmup", "0", "--ema-decay", "0.5"]
 CPU = torch.device("cpu")
+SHARD = "{}/shard-{:05d}-model-00001-of-00001.safetensors"  # what one rank writes into a checkpoint for one dict of tensors
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -403,7 +404,7 @@ def test_divergence(flags, loss, tmp_path, capfd):
 def test_loss_that_is_not_finite_leaves_the_last_checkpoint(whole, tmp_path, capfd):
     """A student whose weights became NaN: the run stops in iteration 7 and checkpoints 4 and 6, student/ and log stay."""
     folder = shutil.copytree(whole, tmp_path / "run")
-    file = folder / "checkpoint_000006" / "student.safetensors"
+    file = SHARD.format(folder / "checkpoint_000006" / "student", 1)
     weights = load_file(file)
     weights["proj_out.weight"][0, 0] = torch.nan
     save_file(weights, file)
@@ -611,7 +612,7 @@ def test_lora_leaves_the_base_alone(lora, pipe):
     assert not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[1], outputs[2])
     assert not torch.equal(outputs[0], outputs[1])
     for file in ("student", "fake_score", "ema"):
-        assert all("lora_" in name for name in load_file(lora / "checkpoint_000006" / f"{file}.safetensors"))
+        assert all("lora_" in name for name in load_file(SHARD.format(lora / "checkpoint_000006" / file, 1)))
     (file,) = (lora / "student").glob("*.safetensors")
     weights = load_file(file)
     assert weights and all(x.shape[0] == 4 for name, x in weights.items() if "lora_A" in name)
@@ -635,7 +636,7 @@ def assert_same_figures(found, expected):
 @pytest.mark.parametrize("kind", ["whole", pytest.param("lora", marks=pytest.mark.slow)])
 def test_two_processes_are_one_run(kind, request, tmp_path):
     """Two processes with 4 samples each log the figures of one process with 8. What two saved at iteration 4 one continues,
-    and what one saved two continue, with the figures of the uninterrupted run. Rank 0 alone writes."""
+    and what one saved two continue, with the figures of the uninterrupted run. Each rank saves its half; all else, rank 0."""
     one, flags = request.getfixturevalue(kind), ["--lora-rank", "4"] if kind == "lora" else []
     two, half = tmp_path / "two", shutil.copytree(one, tmp_path / "half")
     shutil.rmtree(half / "checkpoint_000006"), shutil.rmtree(half / "student")
@@ -650,8 +651,12 @@ def test_two_processes_are_one_run(kind, request, tmp_path):
     assert cdm_main(*flags, two, "--iterations", 6, "--resume") == 0
     assert_same_figures(log(two), log(one))
     files = {name for name in snapshot(one) if "samples" not in name}
-    assert {name for name in snapshot(two) if "samples" not in name} == files
-    assert {name for name in snapshot(half) if "samples" not in name} == files
+    second = {SHARD.format(f"checkpoint_{{}}/{file}", 2) for file in ("ema", "student", "fake_score", "student_adamw", "fake_score_adamw")}
+    assert {name for name in snapshot(two) if "samples" not in name} == files | {name.format("000004") for name in second}
+    assert {name for name in snapshot(half) if "samples" not in name} == files | {name.format("000006") for name in second}
+    sizes = [os.path.getsize(SHARD.format(two / "checkpoint_000004" / "student", rank)) for rank in (1, 2)]
+    whole = os.path.getsize(SHARD.format(one / "checkpoint_000004" / "student", 1))
+    assert all(0.4 * whole < size < 0.6 * whole for size in sizes)
 
 def test_a_batch_that_two_processes_cannot_share(tmp_path):
     """`--batch-size 3` on two processes: one sentence, a non-zero exit, no waiting for the other rank."""
@@ -659,6 +664,18 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path):
     sentences = [line for line in err.splitlines() if line.startswith("cdm.py: ")]
     assert code != 0 and len(sentences) == 1 and "--batch-size 3" in sentences[0], err
     assert not (tmp_path / "out").exists()
+
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    """kill -9 of one of two processes in the middle of training: the launcher ends with an error, and does not hang."""
+    launcher = torchrun(*LIVELY, "--iterations", 100000, "--save-every", 100000, "--output-dir", tmp_path / "out")
+    freeze_when(launcher, lambda: logged(tmp_path / "out"))
+    launcher.send_signal(signal.SIGCONT)
+    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    code, _, err = finish(launcher, 60)
+    assert code not in (0, -signal.SIGKILL) and "SIGKILL" in err
+    assert not list((tmp_path / "out").glob("checkpoint_*")) and not (tmp_path / "out" / "student").exists()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log, samples, prompts, settings
