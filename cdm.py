@@ -523,7 +523,7 @@ def read_prompts(path=None):
     if path is None:
         lists = ("a photograph/an oil painting/a watercolor/a pencil drawing/a 3D render/a woodcut",
                  "a red fox/a fisherman/a glass teapot/a barn owl/a bowl of ramen/an astronaut/a robot/a dancer/a lute",
-                 "in a misty forest/on a rocky coast/in a city at night/in a sunlit room/in a greenhouse/by a lake/on a snowy ridge",
+                 "in a forest/in a greenhouse/on a rocky coast/in a city at night/by a lake/in a cave/on a snowy ridge",
                  "soft morning light/golden hour/dramatic side lighting/neon glow/overcast daylight/candlelight")
         prompts = ["{} of {} {}, {}".format(*w) for w in itertools.product(*(x.split("/") for x in lists))]
         return [prompts[i] for i in torch.randperm(len(prompts), generator=generator("prompts"))]
@@ -552,10 +552,10 @@ def preflight(args, free, world=1):
 
     def gib(micro, rank, offload):
         n, encoders = net.num_parameters(), 2 * sum(m.num_parameters() for m in text)
-        fixed = (2 * n + 28 * (rank * rank_1 or n)) / world  # the teacher; 2 roles and their AdamW, a gradient, the EMA
-        activations = micro * (side**2 + 333) * net.inner_dim * blocks
-        return 1 + (fixed + (max if offload else sum)((encoders, activations))) / 2**30
-
+        trained = (rank * rank_1 or n) / world
+        update = 4 * trained + micro * (side**2 + 333) * net.inner_dim * blocks  # a role's gradient, activations
+        held = 2 * n / world + 28 * trained  # the teacher; student and fake score with their AdamW; the EMA
+        return 1 + (held + (max if offload else sum)((encoders, update))) / 2**30
     micro, rank, _ = of = args.micro_batch_size, args.lora_rank, args.offload_text_encoders
     have = f"training needs about {gib(*of):.0f} GiB of GPU memory, {free:.0f} are free"
     one, offload, lora = " --micro-batch-size 1", " --offload-text-encoders", " --lora-rank 64"

@@ -619,6 +619,65 @@ def test_lora_leaves_the_base_alone(lora, pipe):
     assert {config.lora_alpha for config in run.student.role.transformer.peft_config.values()} == {8}
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory and speed: the preflight's arithmetic, text encoders on the CPU between uses, regional compilation
+
+@pytest.fixture(scope="session")
+def medium(work):
+    """SD3-Medium's public configs, without weights: all that the preflight reads."""
+    clip = {"model_type": "clip_text_model", "architectures": ["CLIPTextModelWithProjection"], "vocab_size": 49408}
+    big = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
+    configs = {"transformer": {
+        "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24,
+        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 192},
+        "text_encoder": clip | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "projection_dim": 768},
+        "text_encoder_2": clip | big, "text_encoder_3": {
+        "model_type": "t5", "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64,
+        "feed_forward_proj": "gated-gelu", "vocab_size": 32128, "tie_word_embeddings": False}}
+    for part, config in configs.items():
+        (work / "medium" / part).mkdir(parents=True)
+        (work / "medium" / part / "config.json").write_text(json.dumps(config))
+    (work / "medium" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    return work / "medium"
+
+def test_preflight_says_what_fits_on_which_card(medium):
+    """README's sums, from SD3-Medium's configs: a 24 GB card is told to use LoRA and to move the text encoders away, an 80 GB
+    card to move them, a 140 GB card goes ahead, and an 8 GB card learns how much is too little."""
+    def told(free, *flags):
+        try:
+            return cdm.preflight(cdm.parse_args(["--teacher", str(medium), "--micro-batch-size", "2", *flags]), free)
+        except cdm.Mistake as e:
+            return str(e)
+
+    need = re.search(r"about (\d+) GiB", told(139))
+    assert 76 <= int(need[1]) <= 82 and "139 are free" in told(139)  # 64.2 and 10.5 GiB, the context, activations
+    assert "add --offload-text-encoders, which needs about 6" in told(78)
+    assert "add --offload-text-encoders --lora-rank 64, which needs about 1" in told(23)
+    eight = told(8)
+    assert "take such a card" in eight and "--lora-rank 64 --micro-batch-size 1" in eight
+    assert told(20, "--lora-rank", "64", "--offload-text-encoders").startswith("training needs about 1")
+
+def test_offloaded_text_encoders_change_nothing(whole, tmp_path):
+    folder = finished(tmp_path / "run", "--iterations", 6, "--sample-every", 3, "--sample-count", 2, "--offload-text-encoders")
+    assert results(folder) == results(whole)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "lora"])
+def test_compiled_blocks_train_as_eager_ones(kind, request, tmp_path):
+    """Six iterations with `--compile` log the figures of the eager run; roles, gradients and batch sizes share the block."""
+    folder = tmp_path / "run"
+    finished(folder, "--iterations", 6, "--compile", *(["--lora-rank", 4] if kind == "lora" else []))
+    assert_same_figures(log(folder), log(request.getfixturevalue(kind)))
+
+def test_compile_without_a_compiler(tmp_path):
+    """No C++ compiler: one sentence at once, nothing written."""
+    env = {"PATH": str(tmp_path), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    code, out, err = finish(process("cdm.py", *SMALL, "--compile", "--output-dir", tmp_path / "out", **env))
+    assert code == 2
+    check_sentence(out, err, "--compile cannot work here")
+    assert not (tmp_path / "out").exists()
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Many processes
 
 def torchrun(*flags):
