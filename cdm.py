@@ -324,7 +324,6 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 # ======================================================================================================================
 # 2. SD3: loading, prompts to conditions, a transformer as a model, images. What diffusers does well is left to it.
 
-KEPT, BLOCK = 4, 100  # bytes a token and channel: a block's kept input; all that one block keeps for backward
 # The released LoRA targets: attention projections and feed-forward layers of the image and of the text stream.
 LORA_TARGETS = [f"attn.{n}" for n in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()]
 LORA_TARGETS += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
@@ -548,14 +547,15 @@ def preflight(args, free, world=1):
                 for folder in ("text_encoder", "text_encoder_2", "text_encoder_3")[:2 if args.no_t5 else 3]]
     rank_1 = sum(m.in_features + m.out_features for n, m in net.named_modules() if n.endswith(tuple(LORA_TARGETS)))
     side = (args.resolution or 8 * net.config.sample_size) // (8 * net.config.patch_size)
-    blocks = net.config.num_layers * (KEPT if args.gradient_checkpointing else BLOCK) + BLOCK
+    # Bytes a token and channel: what a block keeps for backward, and the one in work (tests/benchmark.py --full-size).
+    blocks = net.config.num_layers * (2 if args.gradient_checkpointing else 55) + 90
 
     def gib(micro, rank, offload):
         n, encoders = net.num_parameters(), 2 * sum(m.num_parameters() for m in text)
         trained = (rank * rank_1 or n) / world
         update = 4 * trained + micro * (side**2 + 333) * net.inner_dim * blocks  # a role's gradient, activations
         held = 2 * n / world + 28 * trained  # the teacher; student and fake score with their AdamW; the EMA
-        return 1 + (held + (max if offload else sum)((encoders, update))) / 2**30
+        return 2 + (held + (max if offload else sum)((encoders, update))) / 2**30
     micro, rank, _ = of = args.micro_batch_size, args.lora_rank, args.offload_text_encoders
     have = f"training needs about {gib(*of):.0f} GiB of GPU memory, {free:.0f} are free"
     one, offload, lora = " --micro-batch-size 1", " --offload-text-encoders", " --lora-rank 64"
@@ -564,7 +564,7 @@ def preflight(args, free, world=1):
         if gib(*levers) <= free:
             require(not flags, f"{have}: add{flags}, which needs about {gib(*levers):.0f}.")
             return have
-    raise Mistake(f"{have}, and even{flags} needs {gib(*levers):.0f}: take such a card, or a smaller --resolution.")
+    raise Mistake(f"{have}, and even{flags} needs {gib(*levers):.0f}: take such a card, or try --no-t5.")
 
 def shard(module, device):
     """FSDP2: shards a network over all ranks, in place, block by block; on CUDA bf16 compute, float32 reduction."""
