@@ -554,17 +554,17 @@ def preflight(args, free, world=1):
         n, encoders = net.num_parameters(), 2 * sum(m.num_parameters() for m in text)
         trained = (rank * rank_1 or n) / world
         update = 4 * trained + micro * (side**2 + 333) * net.inner_dim * blocks  # a role's gradient, activations
-        held = 2 * n / world + 28 * trained  # the teacher; student and fake score with their AdamW; the EMA
+        held = 2 * n / world + 28 * trained  # the teacher; student and fake score with AdamW; EMA. 2 GiB for all else.
         return 2 + (held + (max if offload else sum)((encoders, update))) / 2**30
     micro, rank, _ = of = args.micro_batch_size, args.lora_rank, args.offload_text_encoders
     have = f"training needs about {gib(*of):.0f} GiB of GPU memory, {free:.0f} are free"
-    one, offload, lora = " --micro-batch-size 1", " --offload-text-encoders", " --lora-rank 64"
+    one, offload, lora, t5 = " --micro-batch-size 1", " --offload-text-encoders", " --lora-rank 64", ", or try --no-t5"
     for flags, *levers in (("", *of), (offload, micro, rank, True), (offload + one, 1, rank, True),
                            (offload + lora, micro, rank or 64, True), (offload + lora + one, 1, rank or 64, True)):
         if gib(*levers) <= free:
             require(not flags, f"{have}: add{flags}, which needs about {gib(*levers):.0f}.")
             return have
-    raise Mistake(f"{have}, and even{flags} needs {gib(*levers):.0f}: take such a card, or try --no-t5.")
+    raise Mistake(f"{have}, and even{flags} needs {gib(*levers):.0f}: take such a card{'' if args.no_t5 else t5}.")
 
 def shard(module, device):
     """FSDP2: shards a network over all ranks, in place, block by block; on CUDA bf16 compute, float32 reduction."""
