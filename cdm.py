@@ -42,6 +42,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 # ======================================================================================================================
@@ -372,8 +373,7 @@ class AnchorTime(torch.nn.Module):
 class Role:
     """An SD3 transformer as a model(x_t, t, cond) -> v: x_t, v (B, C, h, w) float32; cond: text and pooled embeddings.
 
-    adapter: with LoRA the three roles share one transformer; this names the role's adapter, "" is the teacher, the bare
-    base, and None is without LoRA. anchor_time: an AnchorTime, for the anchor-aware fake score.
+    adapter: of the one transformer that LoRA's roles share; "" is the bare base, None no LoRA. anchor_time: AnchorTime.
     """
     def __init__(self, transformer, timesteps, adapter=None, anchor_time=None):
         self.transformer, self.timesteps, self.adapter, self.anchor_time = transformer, timesteps, adapter, anchor_time
@@ -420,9 +420,8 @@ class SD3:
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise Mistake(f"{where} cannot be loaded as an SD3 model: {' '.join(str(e).split())[:300]}")
         self.encoders = [m for name, m in self.pipe.components.items() if m and name.startswith("text_encoder")]
-        self.resting = torch.device("cpu") if args.offload_text_encoders else device  # where they are between uses
-        for module in (*self.encoders, self.pipe.vae, net):
-            module.requires_grad_(False).eval().to(self.resting if module in self.encoders else device)
+        for m in (*self.encoders, self.pipe.vae, net):
+            m.requires_grad_(False).eval().to("cpu" if args.offload_text_encoders and m in self.encoders else device)
         scale, config, scheduler = self.pipe.vae_scale_factor, net.config, self.pipe.scheduler.config
         self.transformer, self.shift, self.timesteps = net, scheduler.shift, scheduler.num_train_timesteps
         self.resolution, patch = args.resolution or config.sample_size * scale, config.patch_size * scale
@@ -435,12 +434,13 @@ class SD3:
     @torch.no_grad()
     def encode(self, prompts):
         """Prompts -> cond: text embeddings (B, tokens, width), pooled embeddings (B, pooled)."""
+        weights = [(p, p.data) for module in self.encoders for p in module.parameters()]
         for module in self.encoders:
             module.to(self.device)
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), None, None, self.device, do_classifier_free_guidance=False, max_sequence_length=self.tokens)
-        for module in self.encoders:
-            module.to(self.resting)
+        for p, data in weights:
+            p.data = data  # if they rest on the CPU, back to the copies there: nothing is sent
         return embeds, pooled
     def uncond(self, n):
         """The empty prompt's cond for n samples. It is encoded once."""
@@ -481,7 +481,7 @@ class Settings(CDM):
     no_t5: bool = flag(False, "leave out the T5 text encoder, 9.5 GB in bf16; then --generate without it too")
     offload_text_encoders: bool = flag(False, "text encoders wait on the CPU, one round trip in each iteration")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward")
-    compile: bool = flag(False, "torch.compile the transformer's repeated block: minutes once, then faster iterations")
+    compile: bool = flag(False, "torch.compile the transformer's repeated block, once for each kind of use")
     save_every: int = flag(500, "iterations between checkpoints, of which the newest two are kept", low=1)
     sample_every: int = flag(500, "iterations between sample grids; 0: none", low=0)
     sample_count: int = flag(8, "images in a row of the sample grid", low=1)
@@ -555,12 +555,13 @@ def preflight(args, free, world=1):
         trained = (rank * rank_1 or n) / world
         update = 4 * trained + micro * (side**2 + 333) * net.inner_dim * blocks  # a role's gradient, activations
         held = 2 * n / world + 28 * trained  # the teacher; student and fake score with AdamW; EMA. 2 GiB for all else.
-        return 2 + (held + (max if offload else sum)((encoders, update))) / 2**30
+        while_sharding = ((2 if rank else 10) * n + encoders * (not offload)) * (world > 1)
+        return 2 + max(held + (max if offload else sum)((encoders, update)), while_sharding) / 2**30
     micro, rank, _ = of = args.micro_batch_size, args.lora_rank, args.offload_text_encoders
     have = f"training needs about {gib(*of):.0f} GiB of GPU memory, {free:.0f} are free"
     one, offload, lora, t5 = " --micro-batch-size 1", " --offload-text-encoders", " --lora-rank 64", ", or try --no-t5"
     for flags, *levers in (("", *of), (offload, micro, rank, True), (offload + one, 1, rank, True),
-                           (offload + lora, micro, rank or 64, True), (offload + lora + one, 1, rank or 64, True)):
+                           (offload + lora, micro, 64, True), (offload + lora + one, 1, 64, True)):
         if gib(*levers) <= free:
             require(not flags, f"{have}: add{flags}, which needs about {gib(*levers):.0f}.")
             return have
@@ -584,14 +585,14 @@ def full(x):
 def replacing(path, rank=0, wait=lambda: None):
     """A folder that appears at `path` whole or not at all: filled under another name, flushed to disk, renamed."""
     tmp = path.with_suffix(".tmp")
-    shutil.rmtree(tmp, ignore_errors=True) if rank == 0 else None
+    for old in path.parent.glob("*.tmp") if rank == 0 else ():  # of a save that was killed
+        shutil.rmtree(old)
     wait()  # all ranks fill it
     tmp.mkdir(parents=True, exist_ok=True)
     yield tmp
     wait()
     if rank == 0:
-        os.sync()
-        shutil.rmtree(path, ignore_errors=True)
+        os.sync(), shutil.rmtree(path, ignore_errors=True)
         tmp.rename(path)
 
 def draw_grid(rows, path):
@@ -647,7 +648,7 @@ class Run:
             nets["student"].requires_grad_(True), nets["fake_score"].requires_grad_(True)
         self.sd3.pipe.transformer = nets["teacher"]
         anchor_time = AnchorTime(net.config.pooled_projection_dim).to(self.device) if args.anchor_aware_fake else None
-        if args.compile:  # the repeated block alone: minutes less than the whole network, and the same speed
+        if args.compile:  # the repeated block alone, which takes less time than the whole network
             torch._dynamo.config.recompile_limit = 64  # roles, with and without gradient, shrinking batches
             for block in (b for module in dict.fromkeys(nets.values()) for b in module.transformer_blocks):
                 block.compile()
@@ -661,9 +662,8 @@ class Run:
             roles[name] = Role(module, self.sd3.timesteps, adapter, anchor_time if name == "fake_score" else None)
             params[name] = {n.replace(f".{name}.", "."): p for n, p in module.named_parameters()
                             if not r or f".{name}." in n}
-        groups = [(params["fake_score"], args.fake_lr)]
-        if anchor_time:
-            groups.append(({f"anchor_time.{n}": p for n, p in anchor_time.named_parameters()}, args.anchor_lr))
+        told = {f"anchor_time.{n}": p for n, p in anchor_time.named_parameters()} if anchor_time else {}
+        groups = [(params["fake_score"], args.fake_lr)] + [(told, args.anchor_lr)] * bool(told)
         self.teacher, self.fake_score = roles["teacher"], Learner(roles["fake_score"], groups, args)
         self.student = Learner(roles["student"], [(params["student"], args.student_lr)], args)
         self.ema = {n: p.detach().clone() for n, p in self.student.params.items()}
@@ -737,10 +737,11 @@ class Run:
             draw_grid([*self.reference, student], self.folder / "samples" / f"step_{self.k:06d}.png")
     def state(self):
         """Every tensor that training changes, by file and name. All else is a function of the settings and k."""
-        files = {"ema": self.ema, "student": self.student.params, "fake_score": self.fake_score.params}
-        for file, learner in (("student_adamw", self.student), ("fake_score_adamw", self.fake_score)):
-            state = learner.optimizer.state
-            files[file] = {f"{n}:{key}": x for n, p in learner.params.items() for key, x in state[p].items()}
+        files = {"ema": self.ema}
+        for file, learner in (("student", self.student), ("fake_score", self.fake_score)):
+            files[file], state = learner.params, learner.optimizer.state
+            for key in ("exp_avg", "exp_avg_sq", "step"):  # AdamW's; a file each, for saving holds one in memory twice
+                files[f"{file}_{key}"] = {name: state[p][key] for name, p in learner.params.items()}
         return files
     def identity(self):
         """What must be the same in a run and its continuation."""
@@ -750,19 +751,17 @@ class Run:
     def save(self):
         """checkpoint_NNNNNN: safetensors by torch's distributed checkpoint, each rank its shards, so that any number of
         processes can go on; state.json. A kill at any moment leaves a whole one; two are kept."""
-        from torch.distributed import checkpoint as dcp
         wait = torch.distributed.barrier if self.world > 1 else lambda: None
         with replacing(self.folder / f"checkpoint_{self.k:06d}", self.rank, wait) as folder:
             for file, tensors in self.state().items():
                 dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder / file, save_distributed=True))
             if not self.rank:
-                state = {"iteration": self.k, "settings": self.identity()}
+                state = dict(iteration=self.k, settings=self.identity())
                 (folder / "state.json").write_text(json.dumps(state, indent=1))
         for old in sorted(self.folder.glob("checkpoint_??????"))[:-2] if not self.rank else ():
             shutil.rmtree(old)
     def resume(self):
         """Loads the newest checkpoint, if there is one yet. Raises Mistake if the run was made with other settings."""
-        from torch.distributed import checkpoint as dcp
         for newest in sorted(self.folder.glob("checkpoint_??????"))[-1:]:
             was = json.loads((newest / "state.json").read_text())
             for name, now in self.identity().items():
@@ -774,7 +773,8 @@ class Run:
                 dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(newest / file))
     def export(self):
         """student/: the EMA student as diffusers loads it, a transformer folder or a LoRA file, and a README."""
-        net, weights = self.student.role.transformer, {n: full(x).cpu() for n, x in self.ema.items()}
+        net = self.student.role.transformer
+        weights = {n: y.cpu() for n, x in self.ema.items() for y in [full(x)] if self.rank == 0}
         if self.rank:
             return
         with replacing(self.folder / "student") as folder:
@@ -815,7 +815,6 @@ def generate(args, device):
         path = Path(args.output_dir, f"{i:02d}_{name}_seed{args.seed}_steps{'-'.join(map(str, steps))}.png")
         sd3.images(Role(sd3.transformer, sd3.timesteps), [noise], times, [prompt])[0].save(path)
         print(path)
-    return 0
 
 def main(argv=None):
     """Returns the exit code: 0, or 2 after one sentence about a mistake."""
@@ -825,7 +824,7 @@ def main(argv=None):
         cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if args.generate:
-            return generate(args, device)
+            return generate(args, device) or 0
         if world > 1:
             torch.cuda.set_device(device) if cuda else None
             backend = "nccl" if cuda else "gloo"
@@ -839,7 +838,8 @@ def main(argv=None):
         return 0
     except Mistake as e:
         sentence = str(e) if local == 0 else ""  # all ranks make it, and one on each machine says so
-    except OSError as e:
+    except (OSError, dcp.CheckpointException) as e:
+        e = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
         sentence = f"{e}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
         sentence = "the GPU is out of memory: try --micro-batch-size 1, --offload-text-encoders or --lora-rank 64."

@@ -51,6 +51,8 @@ ROWS = {
     "CDM *": "--anchor-aware-fake",
     "D-DMD *": f"{FIXED} {NO_CDM} --anchor-aware-fake",
     "L_DM alone, fixed *": f"{FIXED} {NO_CA} {NO_CDM} --anchor-aware-fake",
+    "CDM without L_CA *": f"{NO_CA} --anchor-aware-fake",
+    "CDM without L_CDM *": f"{NO_CDM} --anchor-aware-fake",
     "CDM, fake off the path": "--anchor-aware-fake",
     "CDM *, fed with noise": "--anchor-aware-fake",
 }
