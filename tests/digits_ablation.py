@@ -177,23 +177,22 @@ def spread(values, digits=2):
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 def aim_of(row):
-    return "plain" if NO_CA in ROWS.get(row, "--ca-weight 0") and "guided" not in row else "guided"
+    return "plain" if NO_CA in ROWS[row] else "guided"
 
 def table(runs, rates, held_out):
-    """Markdown: a line a row. runs: {row: [{grid: figures} of each seed]}."""
-    percent = [("accuracy", "4"), ("precision", "4"), ("recall", "4")]
-    lines = [f"Classifier's held-out accuracy: {100 * held_out:.1f}%", "",
-             "| row | aim | rate | n | " + " | ".join(f"to aim, {g}" for g in GRIDS) + " | to digits, 4 | accuracy, 4 | "
-             "diversity, 4 | precision, 4 | recall, 4 |", "|---" * (len(GRIDS) + 9) + "|"]
-    for row, seeds in runs.items():
-        aim = aim_of(row)
-        shown = [spread(s[g][aim] for s in seeds) if g in seeds[0] else "" for g in GRIDS]
-        at = "4" if "4" in seeds[0] else next(iter(seeds[0]))
-        if at != "4":
-            shown[2] = spread(s[at][aim] for s in seeds) + f" ({at})"
-        rest = [spread(s[at]["real"] for s in seeds), spread((100 * s[at]["accuracy"] for s in seeds), 1),
-                *(spread(s[at][key] for s in seeds) for key in ("diversity", "precision", "recall"))]
-        lines.append(f"| {row} | {aim} | {rates.get(row, '')} | {len(seeds)} | " + " | ".join(shown + rest) + " |")
+    """Markdown, a part for each aim. runs: {row: [{grid: figures} of each seed]}."""
+    lines = [f"Classifier's accuracy on held-out digits: {100 * held_out:.1f}%"]
+    for aim, name in {"guided": "with guidance 2", "plain": "without guidance"}.items():
+        fifty = "teacher, 50 steps" + ", guided" * (aim == "guided")
+        lines += ["", f"| aim: the teacher {name} | rates | seeds | " + " | ".join(GRIDS) + " | digits | accuracy | diversity | "
+                  "precision | recall |", "|---" * (len(GRIDS) + 8) + "|"]
+        for row in (fifty, "teacher, undistilled", *(row for row in runs if row in ROWS and aim_of(row) == aim)):
+            seeds, at = runs[row], "50" if row == fifty else "4"
+            cells = [spread(s[g][aim] for s in seeds) if g in seeds[0] else "" for g in GRIDS]
+            cells += [spread(s[at]["real"] for s in seeds), spread((100 * s[at]["accuracy"] for s in seeds), 1)]
+            cells += [spread(s[at][key] for s in seeds) for key in ("diversity", "precision", "recall")]
+            cells[2] = cells[2] or f"{seeds[0][at][aim]:.2f} (50)"
+            lines.append(f"| {row} | {rates.get(row, '')} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 def figure(runs, path):
@@ -201,29 +200,31 @@ def figure(runs, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1.25, 1), layout="constrained")
-    shown = {"teacher, 50 steps, guided": "50", "teacher, undistilled": "4", "D-DMD": "4", "CDM": "4", "CDM *": "4"}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(1.6, 1), layout="constrained")
+    shown = {"teacher, 50 steps, guided": "50", "teacher, undistilled": "4", "D-DMD": "4", "CDM": "4", "D-DMD *": "4", "CDM *": "4"}
     shown = {row: grid for row, grid in shown.items() if row in runs}
     sheet = torch.full((len(shown) * 10, 100), 0)
     for i, (row, grid) in enumerate(shown.items()):
         for j, image in enumerate(runs[row][0][grid]["images"]):
             sheet[10 * i + 1:10 * i + 9, 10 * j + 1:10 * j + 9] = torch.tensor(image).reshape(8, 8)
     left.imshow(sheet, cmap="gray_r", vmin=0, vmax=255)
-    left.set_yticks([10 * i + 4.5 for i in range(len(shown))], [f"{row}\n{'' if '50' in row else '4 steps'}" for row in shown])
+    names = [row.replace("50 steps, ", "50 steps,\n") if grid == "50" else f"{row},\n4 steps" for row, grid in shown.items()]
+    left.set_yticks([10 * i + 4.5 for i in range(len(shown))], names)
     left.set_xticks([]), left.spines[:].set_visible(False), left.tick_params(length=0)
     left.set_title("one sample for each prompt, zero to nine", fontsize=10)
     styles = {"teacher, undistilled": ("0.5", "--", "s"), "D-DMD": ("#D55E00", "-", "v"), "CDM": ("#E69F00", "-", "o"),
               "D-DMD *": ("#56B4E9", "-", "v"), "CDM *": ("#0072B2", "-", "o")}
     steps = [g for g in GRIDS if g.isdigit()]
     for row, (color, line, marker) in styles.items():
-        if row in runs:
-            ys = [[s[g]["guided"] for s in runs[row]] for g in steps]
+        ys = [[s[g]["guided"] for s in runs.get(row, [])] for g in steps]
+        if ys[0]:
             right.errorbar([int(g) for g in steps], [mean(y) for y in ys], [stdev(y) if len(y) > 1 else 0 for y in ys],
                            color=color, linestyle=line, marker=marker, capsize=3, label=row)
     floor = runs["teacher, 50 steps, guided"][0]["50"]["guided"]
     right.axhline(floor, color="k", linewidth=0.8, linestyle=":", label="guided teacher, 50 steps")
     right.set(xlabel="Euler steps", ylabel="Fréchet distance to the guided teacher", yscale="log", xticks=[1, 2, 4, 6, 8])
-    right.legend(fontsize=8), right.grid(alpha=0.3)
+    right.set_yticks(ticks := [0.05, 0.1, 0.2, 0.5, 1, 2, 5], ticks), right.minorticks_off()
+    right.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 0.08)), right.grid(alpha=0.3)
     fig.savefig(path, dpi=110)
 
 # ---------------------------------------------------------------------------------------------------------- 5. the run
