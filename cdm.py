@@ -415,8 +415,7 @@ class SD3:
             net = diffusers.SD3Transformer2DModel.from_pretrained(where, subfolder=subfolder, dtype=dtype)
             self.pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
                 self.name, transformer=net, dtype=self.dtype, **without)
-            if lora:
-                self.pipe.load_lora_weights(student)
+            self.pipe.load_lora_weights(student) if lora else None
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise Mistake(f"{where} cannot be loaded as an SD3 model: {' '.join(str(e).split())[:300]}")
         self.encoders = [m for name, m in self.pipe.components.items() if m and name.startswith("text_encoder")]
@@ -508,6 +507,7 @@ def parse_args(argv=None):
     require(args.ema_decay <= 1 and args.fake_pull <= 1, "--ema-decay and --fake-pull must be from 0 to 1.")
     require(0 < args.time_low < args.time_high < 1 and 0 < args.tau_min < args.tau_max < 1,
             "--time-low must be below --time-high, and --tau-min below --tau-max, all between 0 and 1.")
+    require(args.generate or not (args.student or args.times), "--student and --times go with --generate PROMPT.")
     require(args.sample_steps <= 50, f"--sample-steps is {args.sample_steps}: give 1 to 50.")
     require(args.device != "cuda" or torch.cuda.is_available(), "there is no CUDA device: use --device cpu.")
     if args.times:
@@ -536,9 +536,7 @@ def read_prompts(path=None):
 
 def preflight(args, free, world=1):
     """Memory arithmetic, from config.json files alone, against a GPU's free GiB before any weight is loaded.
-
-    Returns a line to print. Raises Mistake with the flags that would fit, or the size of card that even they need.
-    """
+    Returns a line to print. Raises Mistake with the flags that would fit, or the size of card that even they need."""
     import diffusers, transformers
     name, kind, auto = resolve_teacher(args.teacher), diffusers.SD3Transformer2DModel, transformers.AutoConfig
     with torch.device("meta"):
@@ -613,7 +611,7 @@ class Run:
         self.k, self.stop, self.reference, self.folder = 0, False, [], Path(args.output_dir)
         self.log = self.folder / "log.jsonl"
         require(args.resume or not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()),
-                f"--output-dir {self.folder} is in use: add --resume to continue a run, or choose another.")
+                f"--output-dir {self.folder} is in use, or a file: add --resume to continue a run, or choose another.")
         require(self.log.exists() or not args.resume, f"--resume: there is no run in {self.folder}; start it without.")
         try:
             args.compile and torch.compile(torch.sin)(torch.zeros(2, device=device))
@@ -630,8 +628,7 @@ class Run:
         self.prompts, self.sd3 = read_prompts(args.prompts), SD3(args, device)
         args.resolution, args.prompts = self.sd3.resolution, args.prompts or "built-in lists"
         self.build()
-        if args.resume:
-            self.resume()
+        self.resume() if args.resume else None
     def build(self):
         """Teacher, student and fake score as roles, the latter two as Learners; the student's EMA."""
         args, net, trained, r = self.args, self.sd3.transformer, ("student", "fake_score"), self.args.lora_rank
@@ -693,8 +690,7 @@ class Run:
             stats = cdm_iteration(k, batches, self.teacher, self.student, self.fake_score, self.ema, args)
             stats["stop"] = torch.tensor(float(self.stop))
             values = torch.stack([full(x).float().to(self.device) for x in stats.values()])
-            if self.world > 1:
-                torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(values) if self.world > 1 else None
             values = dict(zip(stats, (values / self.world).tolist()))  # here alone the loop waits for results
             stop, bad = values.pop("stop") > 0, ", ".join(name for name, x in values.items() if not math.isfinite(x))
             require(not bad, f"{bad} not finite at iteration {k}; the last checkpoint stays: try lower learning rates.")
@@ -733,8 +729,8 @@ class Run:
         self.swap_ema()
         student = f"student, 4 steps, iteration {self.k}", sd3.images(self.student.role, noise, few, prompts)
         self.swap_ema()
-        if self.rank == 0:
-            draw_grid([*self.reference, student], self.folder / "samples" / f"step_{self.k:06d}.png")
+        path = self.folder / "samples" / f"step_{self.k:06d}.png"
+        draw_grid([*self.reference, student], path) if self.rank == 0 else None
     def state(self):
         """Every tensor that training changes, by file and name. All else is a function of the settings and k."""
         files = {"ema": self.ema}
@@ -746,7 +742,8 @@ class Run:
     def identity(self):
         """What must be the same in a run and its continuation."""
         names = [f.name for f in fields(CDM)] + ["batch_size", "resolution", "seed", "lora_rank", "no_t5"]
-        same = {"prompts": zlib.crc32("\n".join(self.prompts).encode())} | {n: getattr(self.args, n) for n in names}
+        prompts = f"{len(self.prompts)} prompts of checksum {zlib.crc32(chr(10).join(self.prompts).encode()):08x}"
+        same = {"prompts": prompts} | {n: getattr(self.args, n) for n in names}
         return same | {"teacher": os.path.realpath(self.sd3.name) if os.path.isdir(self.sd3.name) else self.sd3.name}
     def save(self):
         """checkpoint_NNNNNN: safetensors by torch's distributed checkpoint, each rank its shards, so that any number of
@@ -768,6 +765,7 @@ class Run:
                 old = was["settings"].get(name)
                 require(now == old, f"--resume: --{name.replace('_', '-')} is {now}, but the run was made with {old}.")
             self.k = was["iteration"]
+            require(self.k <= self.args.iterations, f"--resume: the run is at {self.k}: give more --iterations.")
             self.fake_score.updates, self.student.updates = self.k, self.k // self.args.student_every
             for file, tensors in self.state().items():
                 dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(newest / file))
@@ -800,12 +798,14 @@ pipe = StableDiffusion3Pipeline.from_pretrained("{self.sd3.name}", {without}dtyp
 {load}
 image = pipe({self.prompts[0]!r}, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0,
              height={self.sd3.resolution}, width={self.sd3.resolution}, max_sequence_length={self.sd3.tokens}).images[0]
+image.save("image.png")
 ```
 """, encoding="utf-8")
+        print(f"cdm.py: {self.folder}/student is the student of iteration {self.k}; --resume goes on.")
 
 def generate(args, device):
     """--generate: writes one PNG for each prompt into --output-dir and prints its name."""
-    require(args.student and os.path.isdir(args.student), "--generate needs --student, a distilled student's folder.")
+    require(os.path.isdir(args.student or ""), f"--generate: --student {args.student} is no folder: give .../student.")
     sd3 = SD3(args, device, args.student)
     times = torch.tensor(args.times) if args.times else uniform_times(args.sample_steps, sd3.shift)
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(args.seed))

@@ -3,14 +3,14 @@
     python toy_2d.py                   # under 3 minutes on two CPU cores
     python toy_2d.py --mixture ring    # equal mode weights (the default, uneq, has 8 : 4 : 2 : 1)
     python toy_2d.py --seeds 5 --iterations 3000   # means and standard deviations over seeds: README's numbers
-    python toy_2d.py --quick           # 20 seconds: does everything run?
+    python toy_2d.py --quick           # 20 seconds: does everything run? (too short to learn anything)
 
 A Gaussian mixture with known means is the data. Its velocity has a closed form, so the teacher is exact, with and
 without guidance, and so are the densities and bin masses that students are measured against. Student and fake score are
 one small MLP, first fitted to the exact velocity (the counterpart of "initialised from the teacher"), then distilled by
 cdm.cdm_iteration with the settings in METHODS and GUIDED below: small differences, no second code path.
 
-Writes metrics.json, figures toy_*.png (see FIGURES) and toy_training.gif into runs/toy or --output-dir. A method with *
+Writes metrics.json, figures toy_*.png (see FIGURES) and toy_training.gif into --output-dir. A method with *
 uses cdm.py's anchor-aware fake score, which is NOT IN THE PAPER. What this leaves out: images, text, any claim about
 SD3. Learning rates, N_max and the guidance are the toy's own.
 """
@@ -466,10 +466,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--iterations", type=int, help="of each method (default 1200)")
     parser.add_argument("--quick", action="store_true", help="a few iterations, to see that everything runs")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/toy"), help="default runs/toy")
+    parser.add_argument("--output-dir", type=Path, help="default runs/toy, with --quick runs/toy_quick; is overwritten")
     args, began = parser.parse_args(), time.time()
     if args.seeds < 1 or args.seed < 0 or (args.iterations is not None and args.iterations < 1):
         parser.error("--seeds and --iterations must be at least 1, --seed at least 0")
+    args.output_dir = args.output_dir or Path("runs/toy_quick" if args.quick else "runs/toy")
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "metrics.json").touch()  # better now than after minutes of training

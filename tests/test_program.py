@@ -175,9 +175,10 @@ WRONG = [  # flags, words of the sentence
     ("--schedule sometimes", "--schedule"), ("--cdm-point nowhere", "--cdm-point"), ("--device tpu", "--device"),
     ("--iterations many", "--iterations"), ("--iterations 2.5", "--iterations"), ("--no-such-flag", "--no-such-flag"),
     ("--iter 5", "--iter"), ("--generate cat", "--student"), ("--generate cat --student nowhere", "--student"), ("--generate cat --student .", "SD3"),
-    ("--times 1,0.5,0.75", "--times"), ("--times 0.9,0.5", "--times"), ("--times 1,0", "--times"), ("--times 1,nan", "--times"),
-    ("--times 1,half", "--times"), ("--times 1,1", "--times"), ("--prompts nowhere.txt", "nowhere.txt"), ("--prompts .", "--prompts"),
+    ("--generate cat --times 1,0.5,0.75", "--times 1,0.5,0.75"), ("--generate cat --times 0.9,0.5", "--times 0.9,0.5"), ("--generate cat --times 1,0", "--times 1,0"), ("--generate cat --times 1,nan", "--times 1,nan"),
+    ("--generate cat --times 1,half", "--times 1,half"), ("--generate cat --times 1,1", "--times 1,1"), ("--prompts nowhere.txt", "nowhere.txt"), ("--prompts .", "--prompts"),
     ("--teacher nowhere/at/all", "nowhere/at/all"), ("--resume", "--resume"),
+    ("--student runs/cdm/student", "--generate"), ("--times 1,0.5", "--generate"),
 ]
 
 @pytest.mark.parametrize("flags, word", WRONG, ids=[flags for flags, _ in WRONG])
@@ -307,6 +308,8 @@ def test_resume_bit_for_bit(flags, request, work, tmp_path):
     parts = finished(tmp_path / "parts", "--iterations", 3, *flags)
     assert results(parts) != results(straight)
     finished(parts, "--iterations", 6, "--resume", *flags)
+    assert results(parts) == results(straight)
+    assert cdm_main(*LIVELY, "--output-dir", parts, "--iterations", 5, "--resume", *flags) == 2  # it is past that
     assert results(parts) == results(straight)
     assert [line["iteration"] for line in log(parts)] == [2, 4, 6]
 
@@ -490,7 +493,7 @@ def readme_pictures(folder):
     """The pictures of student/README.md's own code, float32 for bfloat16, with each prompt and the noise of seed 0."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "student" / "README.md").read_text(), re.S)
     assert code.count(PROMPTS[0]) == 1 and "bfloat16" in code
-    code, pictures = code.replace("bfloat16", "float32"), []
+    code, pictures = code.replace("bfloat16", "float32").replace("image.png", f"{folder.parent}/image.png"), []
     load, call = code[: code.index("image =")], code[code.index("image =") :]
     scope = {}
     exec(load, scope)
@@ -498,6 +501,7 @@ def readme_pictures(folder):
     for prompt in PROMPTS:
         exec(call.replace(PROMPTS[0], prompt).replace("sigmas=", "generator=torch.Generator().manual_seed(0), sigmas="), scope)
         pictures.append(scope["image"].tobytes())
+    assert Image.open(folder.parent / "image.png").tobytes() == pictures[-1]
     return pictures
 
 @pytest.mark.parametrize("kind", ["whole", "lora"])
