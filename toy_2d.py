@@ -3,7 +3,7 @@
     python toy_2d.py                   # under 3 minutes on two CPU cores
     python toy_2d.py --mixture ring    # equal mode weights (the default, uneq, has 8 : 4 : 2 : 1)
     python toy_2d.py --seeds 5 --iterations 3000   # means and standard deviations over seeds: README's numbers
-    python toy_2d.py --quick           # 20 seconds: does everything run? (too short to learn anything)
+    python toy_2d.py --quick           # half a minute: does everything run? (too short to learn anything)
 
 A Gaussian mixture with known means is the data. Its velocity has a closed form, so the teacher is exact, with and
 without guidance, and so are the densities and bin masses that students are measured against. Student and fake score are
