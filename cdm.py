@@ -478,7 +478,7 @@ class Settings(CDM):
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "cpu"))
     lora_rank: int = flag(0, "train LoRA of this rank (released: 64), alpha twice that; 0: full fine-tuning", low=0)
     no_t5: bool = flag(False, "leave out the T5 text encoder, 9.5 GB in bf16; then --generate without it too")
-    offload_text_encoders: bool = flag(False, "text encoders wait on the CPU, one round trip in each iteration")
+    offload_text_encoders: bool = flag(False, "text encoders wait on the CPU, and go to the GPU once in each iteration")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward")
     compile: bool = flag(False, "torch.compile the transformer's repeated block, once for each kind of use")
     save_every: int = flag(500, "iterations between checkpoints, of which the newest two are kept", low=1)
