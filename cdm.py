@@ -584,7 +584,7 @@ def replacing(path, rank=0, wait=lambda: None):
     """A folder that appears at `path` whole or not at all: filled under another name, flushed to disk, renamed."""
     tmp = path.with_suffix(".tmp")
     for old in path.parent.glob("*.tmp") if rank == 0 else ():  # of a save that was killed
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     wait()  # all ranks fill it
     tmp.mkdir(parents=True, exist_ok=True)
     yield tmp
