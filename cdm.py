@@ -537,12 +537,13 @@ def read_prompts(path=None):
 def preflight(args, free, world=1):
     """Memory arithmetic, from config.json files alone, against a GPU's free GiB before any weight is loaded.
     Returns a line to print. Raises Mistake with the flags that would fit, or the size of card that even they need."""
-    import diffusers, transformers
-    name, kind, auto = resolve_teacher(args.teacher), diffusers.SD3Transformer2DModel, transformers.AutoConfig
+    from diffusers import SD3Transformer2DModel as Transformer
+    from transformers import AutoConfig, AutoModelForTextEncoding, PretrainedConfig
+    name, read = resolve_teacher(args.teacher), PretrainedConfig.get_config_dict  # {} for an encoder that it lacks
+    configs = [read(name, subfolder=f"text_encoder{n}")[0] for n in ("", "_2", "_3")[:2 if args.no_t5 else 3]]
     with torch.device("meta"):
-        net = kind.from_config(kind.load_config(name, subfolder="transformer"))
-        text = [transformers.AutoModelForTextEncoding.from_config(auto.from_pretrained(name, subfolder=folder))
-                for folder in ("text_encoder", "text_encoder_2", "text_encoder_3")[:2 if args.no_t5 else 3]]
+        net = Transformer.from_config(Transformer.load_config(name, subfolder="transformer"))
+        text = [AutoModelForTextEncoding.from_config(AutoConfig.for_model(**c)) for c in configs if c]
     rank_1 = sum(m.in_features + m.out_features for n, m in net.named_modules() if n.endswith(tuple(LORA_TARGETS)))
     side = (args.resolution or 8 * net.config.sample_size) // (8 * net.config.patch_size)
     # Bytes a token and channel: what a block keeps for backward, and the one in work (tests/benchmark.py --full-size).
@@ -590,8 +591,7 @@ def replacing(path, rank=0, wait=lambda: None):
     yield tmp
     wait()
     if rank == 0:
-        os.sync(), shutil.rmtree(path, ignore_errors=True)
-        tmp.rename(path)
+        os.sync(), shutil.rmtree(path, ignore_errors=True), tmp.rename(path)
 
 def draw_grid(rows, path):
     """Writes one PNG from rows of (label, PIL images), each image 96 to 512 pixels a side."""
