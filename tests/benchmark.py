@@ -181,7 +181,7 @@ def student_update(run, iterate, first):
 
 def check_anchors(run):
     """Both backward simulations give the same anchors. Returns their largest difference; noise has deviation 1."""
-    worst, limit = 0, 0.1 if run.device.type == "cuda" else 1e-4  # bf16 kernels differ with the number of samples
+    worst, limit = 0, 0.5 if run.device.type == "cuda" else 1e-4  # bf16 kernels differ with the number of samples
     for cond, _, d in run.micro_batches(1):
         of = run.student.role, d.noise["start"], d.schedule, d.index, cond
         pairs = zip(cdm.backward_simulation(*of), released_simulation(*of))

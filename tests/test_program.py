@@ -1,11 +1,12 @@
 """The program around the algorithm: real runs on the demo teacher, a complete small SD3 pipeline, in real files.
 
-No part of `cdm.py` is replaced here. Runs are calls of `cdm.main([...])`, which returns the exit code, or real processes
-where the process is the point: signals, kill -9, torchrun, a terminal's stderr. Runs that several tests look at are
-fixtures of the session.
+No part of `cdm.py` is replaced here, but where a device without values plays a GPU. Runs are calls of `cdm.main([...])`,
+which returns the exit code, or real processes where the process is the point: signals, kill -9, torchrun, a terminal's
+stderr. Runs that several tests look at are fixtures of the session.
 """
 
 import ast
+import contextlib
 import http.server
 import json
 import os
@@ -25,7 +26,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import benchmark
 import cdm
 from digits import PROMPTS, frechet_distance, load_digits, to_pixels
 
@@ -671,6 +675,61 @@ def test_preflight_says_what_fits_on_which_card(medium):
     assert told(20, "--lora-rank", "64", "--offload-text-encoders").startswith("training needs about 18 GiB")
     eight = told(8)
     assert "take such a card" in eight and "--lora-rank 64 --micro-batch-size 1 needs 18" in eight
+    without_t5 = told(139, "--no-t5")
+    shutil.rmtree(medium / "text_encoder_3")  # a folder that lacks it: its sums come out, and loading will complain
+    assert told(139) == without_t5 != need.string
+
+@pytest.mark.parametrize("kind, flags", [("whole", []), ("lora", ["--lora-rank", 4])])
+def test_bf16_as_on_a_gpu(kind, flags, request, tmp_path, monkeypatch):
+    """With the autocast to bf16 that GPUs get, six iterations go as in float32, up to rounding; what is trained, averaged,
+    saved and exported stays float32."""
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled, **more: autocast(device, dtype, **more))
+    rounded, exact = log(finished(tmp_path / "bf16", *flags)), log(request.getfixturevalue(kind))
+    for name in ("loss_fake", "grad_norm_fake", "loss_ca", "grad_norm_student"):
+        for a, b in zip(exact, rounded, strict=True):
+            assert a[name] != b[name] and abs(a[name] - b[name]) < 0.05 * a[name], (name, a[name], b[name])
+    for file in tmp_path.glob("bf16/**/*.safetensors"):
+        assert {x.dtype for x in load_file(file).values()} == {torch.float32}
+
+class GPU(TorchDispatchMode):
+    """Device "meta" plays a GPU: its tensors have no values, so what would wait for one raises."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            assert kwargs["non_blocking"], "the CPU waits for a copy"
+        else:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x) and x.dim()]
+            assert len({x.device for x in tensors}) <= 1, f"{function} on two devices"
+        return result
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("flags", ["", "--lora-rank 4 --anchor-aware-fake --cdm-point renoise"])
+def test_an_iteration_never_waits_for_the_gpu(flags, monkeypatch):
+    """No value of a GPU tensor is looked at in two iterations, no copy is waited for, no operation has its tensors on two
+    devices; the loop waits once an iteration, for the log's figures. Left out: text encoding, and AdamW's step, which is
+    one fused kernel on a GPU."""
+    real, adamw, meta = cdm.generator, torch.optim.AdamW, torch.device("meta")
+    monkeypatch.setattr(cdm, "generator", lambda *key, device=None: real(*key))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *x, fused: adamw(*x))
+    monkeypatch.setattr(adamw, "step", lambda self: None)
+    config = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+                  num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16)
+    args = cdm.parse_args(["--batch-size", "4", "--micro-batch-size", "2", *flags.split()])
+    with meta:
+        run = benchmark.stand_in(args, config, (4, 8, 8), 10, meta)
+    run.teacher.transformer.float()  # without autocast
+    cond = lambda n: (torch.randn(n, 10, 16, device=meta), torch.randn(n, 16, device=meta))
+    run.sd3.encode, run.sd3.uncond = lambda prompts: cond(len(prompts)), cond
+    with GPU():
+        for k in (1, 2):
+            stats = cdm.cdm_iteration(k, list(run.micro_batches(k)), run.teacher, run.student, run.fake_score, run.ema, args)
+        assert len(stats) == 10 and all(x.device == meta for x in stats.values())
+        for wait in (stats["loss_dm"].item, stats["loss_dm"].cpu, lambda: torch.ones(2).to(meta), run.ema.popitem()[1].nonzero):
+            with pytest.raises((AssertionError, KeyError, NotImplementedError, RuntimeError)):
+                wait()
 
 def test_offloaded_text_encoders_change_nothing(whole, tmp_path):
     folder = finished(tmp_path / "run", "--iterations", 6, "--sample-every", 3, "--sample-count", 2, "--offload-text-encoders")
