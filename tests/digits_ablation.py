@@ -56,10 +56,27 @@ ROWS = {
     "CDM without L_CDM *": f"{NO_CDM} --anchor-aware-fake",
     "CDM, fake off the path": "--anchor-aware-fake",
     "CDM *, fed with noise": "--anchor-aware-fake",
+    "CDM *, guided off the path": "--anchor-aware-fake",
 }
-# Controls for what else changes with *: the paper's fake score, trained off the trajectory as well; the same additional
-# parameters, fed with noise instead of the time. Each replaces one method, AnchorTime.forward(self, t).
-CONTROLS = {"CDM, fake off the path": "0 * forward(self, t)", "CDM *, fed with noise": "forward(self, torch.rand_like(t))"}
+# Controls: cdm.py with a function replaced. Two for what else changes with *: the paper's fake score, trained off the
+# trajectory as well; the same additional parameters, fed with noise instead of the time. And one for what L_CDM lacks:
+# L_CA, with tau ~ U(0, t'), at the off-trajectory estimate too, added to the second dm_loss of a student update.
+CONTROLS = {
+    "CDM, fake off the path": "cdm.AnchorTime.forward = lambda self, t: 0 * forward(self, t)",
+    "CDM *, fed with noise": "cdm.AnchorTime.forward = lambda self, t: forward(self, torch.rand_like(t))",
+    "CDM *, guided off the path": """
+ca, dm, seen = cdm.ca_loss, cdm.dm_loss, []
+def ca_loss(x0_hat, teacher, cond, uncond, *rest):
+    seen[:] = [uncond]
+    return ca(x0_hat, teacher, cond, uncond, *rest)
+def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise, log):
+    seen.append("L_DM" if len(seen) == 1 else "L_CDM")
+    loss = dm(x0_hat, teacher, fake_score, cond, tau, noise, log)
+    if seen[-1] == "L_CDM":
+        below = (torch.rand_like(tau) * fake_score.keywords["anchor_t"]).clamp(0.02, 0.98)
+        loss = loss + ca(x0_hat, teacher, cond, seen[0], below, torch.randn_like(noise), 1.0)
+    return loss
+cdm.ca_loss, cdm.dm_loss = ca_loss, dm_loss"""}
 CENTRAL = ("CDM", "D-DMD", "L_DM alone, fixed", "CDM *", "D-DMD *", "L_DM alone, fixed *")  # five seeds, the others three
 RATES = {"a": (2e-4, 1e-4), "b": (1e-4, 6e-4), "c": (3e-4, 9e-4)}  # student, fake score; a: 20 times the released rates
 COMMON = "--batch-size 16 --max-schedule-steps 8 --guidance 1 --warmup 20 --ema-decay 0.98 --sample-every 0"
@@ -143,8 +160,8 @@ def cell(out, row, rate, seed, iterations, count, grids):
     folder = out / f"{row.replace(' ', '_').replace('*', 'star').replace(',', '')}-{rate}-{seed}-{iterations}"
     if not (folder / "student").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        control = (f"import sys, torch, cdm; forward = cdm.AnchorTime.forward; torch.manual_seed({seed}); "
-                   f"cdm.AnchorTime.forward = lambda self, t: {CONTROLS.get(row)}; sys.exit(cdm.main())")
+        control = (f"import sys, torch, cdm\nforward = cdm.AnchorTime.forward\ntorch.manual_seed({seed})\n"
+                   f"{CONTROLS.get(row)}\nsys.exit(cdm.main())")
         student_lr, fake_lr = RATES[rate]
         subprocess.run([sys.executable, *(["-c", control] if row in CONTROLS else ["cdm.py"]), *COMMON.split(),
                         *ROWS[row].split(), "--teacher", TEACHER, "--prompts", TEACHER + "/prompts.txt", "--device", "cpu",
