@@ -78,7 +78,8 @@ def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise, log):
     return loss
 cdm.ca_loss, cdm.dm_loss = ca_loss, dm_loss"""}
 CENTRAL = ("CDM", "D-DMD", "L_DM alone, fixed", "CDM *", "D-DMD *", "L_DM alone, fixed *")  # five seeds, the others three
-RATES = {"a": (2e-4, 1e-4), "b": (1e-4, 6e-4), "c": (3e-4, 9e-4)}  # student, fake score; a: 20 times the released rates
+RATES = {"a": (2e-4, 1e-4), "b": (1e-4, 6e-4), "c": (3e-4, 9e-4),  # student, fake score; a: 20 times the released rates
+         "d": (5e-5, 6e-4), "e": (2.5e-5, 6e-4)}
 COMMON = "--batch-size 16 --max-schedule-steps 8 --guidance 1 --warmup 20 --ema-decay 0.98 --sample-every 0"
 GRIDS = {"1": 1, "2": 2, "4": 4, "6": 6, "8": 8, "uneven": [1, 0.9, 0.6, 0.15]}  # steps of the released grid, or times
 
