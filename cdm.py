@@ -72,7 +72,7 @@ def shift_times(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 def uniform_times(steps, shift=1.0):
-    """The released sampling grid, (steps,): 1, 1 - 1/steps, ..., then shifted. 4 steps, shift 3: 1, 0.9, 0.75, 0.5."""
+    """The sampling grid, (steps,): 1, 1 - 1/steps, ..., shifted. With 4 and shift 3, as released: 1, 0.9, 0.75, 0.5."""
     return shift_times(1 - torch.arange(steps) / steps, shift)
 
 # ------------------------------------------------------------------ dynamic schedule and backward simulation (sec. 3.2)
@@ -486,7 +486,7 @@ class Settings(CDM):
     sample_count: int = flag(8, "images in a row of the sample grid", low=1)
     generate: list = flag(None, "write an image for each prompt instead of training", nargs="+", metavar="PROMPT")
     student: str = flag(None, "--generate: the folder of the distilled student")
-    sample_steps: int = flag(4, "--generate: 1 to 50 steps on the released grid 1, 1 - 1/steps, ... (shifted)", low=1)
+    sample_steps: int = flag(4, "--generate: 1 to 50 steps on the grid 1, 1 - 1/steps, ... (shifted)", low=1)
     times: str = flag(None, "--generate: explicit times instead, as they are, such as 1,0.9,0.75,0.5")
 
 def parse_args(argv=None):

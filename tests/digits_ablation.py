@@ -1,6 +1,6 @@
-"""The paper's ablation table (SD3-Medium, section 6 of its numbers) in miniature: real digits, one command, two hours.
+"""The paper's ablation table for SD3-Medium in miniature: real digits, one command, some hours.
 
-    python tests/digits_ablation.py              # a process a core; about two hours on two; stop and rerun at will
+    python tests/digits_ablation.py              # a process a core; some hours on two; stop and rerun at will
     python tests/digits_ablation.py --quick      # three minutes: the same path, too short to conclude anything
 
 Every row distils `tests/digits_sd3` with the program `cdm.py`, by its flags: same iterations, batch and seeds. Seed 0 runs
