@@ -414,7 +414,7 @@ class SD3:
         try:
             net = diffusers.SD3Transformer2DModel.from_pretrained(where, subfolder=subfolder, dtype=dtype)
             self.pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
-                self.name, transformer=net, dtype=self.dtype, **without)
+                self.name, transformer=net.to(device), dtype=self.dtype, **without)
             self.pipe.load_lora_weights(student) if lora else None
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise Mistake(f"{where} cannot be loaded as an SD3 model: {' '.join(str(e).split())[:300]}")
@@ -548,11 +548,11 @@ def preflight(args, free, world=1):
     side = (args.resolution or 8 * net.config.sample_size) // (8 * net.config.patch_size)
     # Bytes a token and channel: what a block keeps for backward, and the one in work (tests/benchmark.py --full-size).
     blocks = net.config.num_layers * (2 if args.gradient_checkpointing else 55) + 90
-
     def gib(micro, rank, offload):
         n, encoders = net.num_parameters(), 2 * sum(m.num_parameters() for m in text)
         trained = (rank * rank_1 or n) / world
-        update = 4 * trained + micro * (side**2 + 333) * net.inner_dim * blocks  # a role's gradient, activations
+        # A role's gradient, activations; without checkpointing backward also keeps autocast's bf16 weights.
+        update = (4 if args.gradient_checkpointing else 6) * trained + micro * (side**2 + 333) * net.inner_dim * blocks
         held = 2 * n / world + 28 * trained  # the teacher; student and fake score with AdamW; EMA. 2 GiB for all else.
         while_sharding = ((2 if rank else 10) * n + encoders * (not offload)) * (world > 1)
         return 2 + max(held + (max if offload else sum)((encoders, update)), while_sharding) / 2**30
@@ -624,7 +624,7 @@ class Run:
                 f"multiple of {world} process(es) times --micro-batch-size {args.micro_batch_size}.")
         if device.type == "cuda" and rank == 0:
             print("cdm.py:", preflight(args, torch.cuda.mem_get_info(device)[0] / 2**30, world))
-        warnings.filterwarnings("ignore", "Already found a `peft_config`|torch.distributed is disabled")
+        warnings.filterwarnings("ignore", r"Already found a `peft_config`|torch.distributed is disabled|barrier\(\)")
         self.prompts, self.sd3 = read_prompts(args.prompts), SD3(args, device)
         args.resolution, args.prompts = self.sd3.resolution, args.prompts or "built-in lists"
         self.build()
@@ -640,8 +640,9 @@ class Run:
                 net.add_adapter(LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS), name)
             for p in (p for name, p in net.named_parameters() if "lora_" in name):
                 p.data = p.data.float()
-        else:  # three networks, of which the frozen one needs no float32
+        else:  # three networks, of which the frozen one needs no float32, but the same position embedding
             nets |= {"teacher": copy.deepcopy(net).to(self.sd3.dtype), "fake_score": copy.deepcopy(net)}
+            nets["teacher"].pos_embed.pos_embed = net.pos_embed.pos_embed.clone()
             nets["student"].requires_grad_(True), nets["fake_score"].requires_grad_(True)
         self.sd3.pipe.transformer = nets["teacher"]
         anchor_time = AnchorTime(net.config.pooled_projection_dim).to(self.device) if args.anchor_aware_fake else None
@@ -653,8 +654,7 @@ class Run:
             shard(module, self.device)
         roles, params = {}, {}
         for name, module in nets.items():
-            if args.gradient_checkpointing and name in trained:
-                module.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing() if args.gradient_checkpointing and name in trained else None
             adapter = None if not r else name if name in trained else ""
             roles[name] = Role(module, self.sd3.timesteps, adapter, anchor_time if name == "fake_score" else None)
             params[name] = {n.replace(f".{name}.", "."): p for n, p in module.named_parameters()

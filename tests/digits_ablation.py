@@ -5,6 +5,7 @@
 
 Every row distils `tests/digits_sd3` with the program `cdm.py`, by its flags: same iterations, batch and seeds. Seed 0 runs
 at each learning rate of RATES; the best one of each row (4 steps, distance to the row's aim) goes on over the other seeds.
+Rows of SAME_RATES also run over three seeds at each of its rates, so that rows differ in nothing else.
 Writes into --output-dir a folder for each cell (student, measurements; what is there is not done again), `results.json`,
 `table.md` and `figure.png`. Not a test: pytest does not collect it. Needs nothing that the project does not.
 """
@@ -78,6 +79,9 @@ def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise, log):
     return loss
 cdm.ca_loss, cdm.dm_loss = ca_loss, dm_loss"""}
 CENTRAL = ("CDM", "D-DMD", "L_DM alone, fixed", "CDM *", "D-DMD *", "L_DM alone, fixed *")  # five seeds, the others three
+SAME_RATES = {"rates": ("b", "d", "e"), "rows": (
+    "CDM", "CDM, fake off the path", "CDM *, fed with noise", "CDM *", "CDM *, guided off the path", "CDM without L_CDM",
+    "CDM without L_CDM *", "D-DMD", "D-DMD *", "L_DM alone", "CDM without L_CA", "CDM without L_CA *")}
 RATES = {"a": (2e-4, 1e-4), "b": (1e-4, 6e-4), "c": (3e-4, 9e-4),  # student, fake score; a: 20 times the released rates
          "d": (5e-5, 6e-4), "e": (2.5e-5, 6e-4)}
 COMMON = "--batch-size 16 --max-schedule-steps 8 --guidance 1 --warmup 20 --ema-decay 0.98 --sample-every 0"
@@ -219,6 +223,15 @@ def table(runs, rates, held_out):
             lines.append(f"| {row} | {rates.get(row, '')} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
+def table_at_same_rates(same):
+    """Markdown: distance to the row's aim at 4 and 8 steps. same: {row: {rate: [{grid: figures} of each seed]}}."""
+    rates = list(next(iter(same.values()), {}))
+    lines = ["| at the same rates | " + " | ".join(f"{r}: 4 | {r}: 8" for r in rates) + " |", "|---" * (2 * len(rates) + 1) + "|"]
+    for row, of in same.items():
+        cells = [spread(s[g][aim_of(row)] for s in seeds) for seeds in of.values() for g in ("4", "8")]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if rates else ""
+
 def figure(runs, path):
     """Left, ten samples a row; right, the step ladder."""
     import matplotlib
@@ -257,11 +270,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path)
     parser.add_argument("--iterations", type=int, default=500, help="of each cell")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--rates", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--seeds", type=int, default=5, help="of the central rows; others have at most three")
     parser.add_argument("--quick", action="store_true", help="40 iterations, 500 samples, four rows, one rate, one seed")
     args = parser.parse_args()
-    quick, iterations, count = args.quick, 40 if args.quick else args.iterations, 500 if args.quick else 5000
-    out = args.output_dir or ROOT / "runs" / ("ablation_quick" if quick else "ablation")
-    rows = ["CDM", "D-DMD", "CDM *", "CDM *, fed with noise"] if quick else list(ROWS)
+    rows, rates, seeds, iterations, count = args.rows, args.rates, args.seeds, args.iterations, 5000
+    if args.quick:
+        rows, rates, seeds, iterations, count = ["CDM", "D-DMD", "CDM *", "CDM *, fed with noise"], ["c"], 1, 40, 500
+    out = args.output_dir or ROOT / "runs" / ("ablation_quick" if args.quick else "ablation")
     out.mkdir(parents=True, exist_ok=True)
 
     aims = ["aim guided", "aim plain"]
@@ -274,22 +291,29 @@ def main():
     runs = {row: [seeds] for row, seeds in json.loads((out / "references.json").read_text()).items()}
 
     tuning = in_parallel(cell, [(out, row, rate, 0, iterations, count, ["4"]) for row in rows
-                                for rate in (["c"] if quick else RATES)], "seed 0 at every rate")
-    grid = {row: {rate: tuning[row, rate, 0]["4"][aim_of(row)] for rate in RATES if (row, rate, 0) in tuning} for row in rows}
+                                for rate in rates], "seed 0 at every rate")
+    grid = {row: {rate: tuning[row, rate, 0]["4"][aim_of(row)] for rate in rates} for row in rows}
     best = {row: min(grid[row], key=grid[row].get) for row in rows}
-    jobs = [(out, row, best[row], seed, iterations, count, list(GRIDS)) for seed in range(1 if quick else 5) for row in rows
+    jobs = [(out, row, best[row], seed, iterations, count, list(GRIDS)) for seed in range(seeds) for row in rows
             if seed < (5 if row in CENTRAL else 3)]
     cells = in_parallel(cell, jobs, "all seeds")
     runs |= {row: [value for key, value in sorted(cells.items()) if key[0] == row] for row in rows}
+    jobs = [(out, row, rate, seed, iterations, count, ["4", "8"]) for seed in range(min(seeds, 3))
+            for row in SAME_RATES["rows"] if row in rows for rate in SAME_RATES["rates"] if rate in rates]
+    cells = in_parallel(cell, jobs, "same rates")
+    same = {row: {rate: [cells[row, rate, seed] for seed in range(min(seeds, 3))] for rate in SAME_RATES["rates"] if rate in rates}
+            for row in SAME_RATES["rows"] if row in rows}
 
     real, y, _, held_out = digits()
     half = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     a, b = half[::2], half[1::2]
     own = {"distance": frechet_distance(real[a], real[b]), "precision": inside(real[a], real[b]), "diversity": 1.0}
-    (out / "results.json").write_text(json.dumps({"real against real, halves": own, "tuning": grid, "best": best, "runs": {
-        row: [{g: {k: v for k, v in f.items() if k != "images"} for g, f in s.items()} for s in seeds]
-        for row, seeds in runs.items()}}, indent=1))
-    (out / "table.md").write_text(table(runs, best, held_out))
+    def slim(of):  # without images
+        return [{g: {k: v for k, v in f.items() if k != "images"} for g, f in s.items()} for s in of]
+    (out / "results.json").write_text(json.dumps({
+        "real against real, halves": own, "tuning": grid, "best": best, "runs": {row: slim(of) for row, of in runs.items()},
+        "same rates": {row: {rate: slim(s) for rate, s in of.items()} for row, of in same.items()}}, indent=1))
+    (out / "table.md").write_text(table(runs, best, held_out) + "\n" + table_at_same_rates(same))
     figure(runs, out / "figure.png")
     print((out / "table.md").read_text(), f"real against real, two halves: {own}", "tuning, to the aim at 4 steps:",
           *(f"  {row}: {values}" for row, values in grid.items()), sep="\n")

@@ -673,6 +673,8 @@ def test_preflight_says_what_fits_on_which_card(medium):
     assert "add --offload-text-encoders, which needs about 69" in told(77)  # no gradient is there beside a text encoder
     assert "add --offload-text-encoders --lora-rank 64, which needs about 18" in told(23)
     assert told(20, "--lora-rank", "64", "--offload-text-encoders").startswith("training needs about 18 GiB")
+    without_checkpointing = told(78, "--micro-batch-size", "1", "--offload-text-encoders", "--no-gradient-checkpointing")
+    assert without_checkpointing.startswith("training needs about 79 GiB")  # computed: 82.9 GB, and 2 GiB for the rest
     eight = told(8)
     assert "take such a card" in eight and "--lora-rank 64 --micro-batch-size 1 needs 18" in eight
     without_t5 = told(139, "--no-t5")
@@ -681,10 +683,20 @@ def test_preflight_says_what_fits_on_which_card(medium):
 
 @pytest.mark.parametrize("kind, flags", [("whole", []), ("lora", ["--lora-rank", 4])])
 def test_bf16_as_on_a_gpu(kind, flags, request, tmp_path, monkeypatch):
-    """With the autocast to bf16 that GPUs get, six iterations go as in float32, up to rounding; what is trained, averaged,
-    saved and exported stays float32."""
-    exact, autocast = log(request.getfixturevalue(kind)), torch.autocast
+    """With the autocast to bf16 and the teacher in bf16 that GPUs get, the student starts exactly as the teacher, and six
+    iterations go as in float32, up to rounding; what is trained, averaged, saved and exported stays float32."""
+    exact, autocast, load = log(request.getfixturevalue(kind)), torch.autocast, cdm.SD3.__init__
+    def load_as_on_a_gpu(sd3, *args):
+        load(sd3, *args)
+        sd3.dtype = torch.bfloat16
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled, **more: autocast(device, dtype, **more))
+    monkeypatch.setattr(cdm.SD3, "__init__", load_as_on_a_gpu)
+    run = build(*flags)
+    roles = (run.teacher, run.student.role, run.fake_score.role)
+    assert flags or {p.dtype for p in run.teacher.transformer.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        v, *others = [role(*inputs(run)) for role in roles]
+    assert all(torch.equal(v, other) for other in others)
     rounded = log(finished(tmp_path / "bf16", *flags))
     small = () if flags else ("loss_dm", "loss_cdm")  # LoRA's begin at 0 and are smaller than the rounding
     for name in ("loss_fake", "loss_ca", *small, "grad_norm_fake", "grad_norm_student"):
