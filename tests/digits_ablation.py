@@ -272,7 +272,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=500, help="of each cell")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--rates", nargs="+", default=list(RATES), choices=list(RATES))
-    parser.add_argument("--seeds", type=int, default=5, help="of the central rows; others have at most three")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="of the central rows; others: up to 3")
     parser.add_argument("--quick", action="store_true", help="40 iterations, 500 samples, four rows, one rate, one seed")
     args = parser.parse_args()
     rows, rates, seeds, iterations, count = args.rows, args.rates, args.seeds, args.iterations, 5000
