@@ -617,11 +617,10 @@ class Run:
             args.compile and torch.compile(torch.sin)(torch.zeros(2, device=device))
         except Exception as e:
             raise Mistake(f"--compile cannot work here, leave it out or mend this: {' '.join(str(e).split())[:200]}")
-        args.batch_size = args.batch_size or 16 * world
-        self.batch = args.batch_size // world
-        args.micro_batch_size = args.micro_batch_size or math.gcd(self.batch, 4 * (device.type == "cuda")) or 1
-        require(args.batch_size % (world * args.micro_batch_size) == 0, f"--batch-size {args.batch_size} must be a "
-                f"multiple of {world} process(es) times --micro-batch-size {args.micro_batch_size}.")
+        n = args.batch_size = args.batch_size or 16 * world
+        self.batch, least = n // world, world * (args.micro_batch_size or 1)
+        require(n % least == 0, f"--batch-size {n} must be a multiple of {least}: processes times --micro-batch-size.")
+        args.micro_batch_size = args.micro_batch_size or math.gcd(self.batch, 4 * (device.type == "cuda"))
         if device.type == "cuda" and rank == 0:
             print("cdm.py:", preflight(args, torch.cuda.mem_get_info(device)[0] / 2**30, world))
         warnings.filterwarnings("ignore", r"Already found a `peft_config`|torch.distributed is disabled|barrier\(\)")
@@ -796,6 +795,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 pipe = StableDiffusion3Pipeline.from_pretrained("{self.sd3.name}", {without}dtype=torch.bfloat16)
 {load}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 image = pipe({self.prompts[0]!r}, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0,
              height={self.sd3.resolution}, width={self.sd3.resolution}, max_sequence_length={self.sd3.tokens}).images[0]
 image.save("image.png")

@@ -166,7 +166,7 @@ def check_sentence(out, err, *words):
         assert word in err, (word, err)
 
 WRONG = [  # flags, words of the sentence
-    ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--micro-batch-size 3", "--micro-batch-size 3"),
+    ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--micro-batch-size 3", "multiple of 3"),
     ("--max-schedule-steps 0", "--max-schedule-steps"), ("--student-every 0", "--student-every"),
     ("--iterations 0", "--iterations"), ("--iterations -3", "--iterations"), ("--save-every 0", "--save-every"),
     ("--sample-steps 0", "--sample-steps"), ("--sample-steps 51", "1 to 50"), ("--lora-rank -1", "--lora-rank"),
@@ -809,7 +809,7 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path):
     """`--batch-size 3` on two processes: one sentence, a non-zero exit, no waiting for the other rank."""
     code, out, err = finish(torchrun(*SMALL, "--batch-size", "3", "--output-dir", tmp_path / "out"), 60)
     sentences = [line for line in err.splitlines() if line.startswith("cdm.py: ")]
-    assert code != 0 and len(sentences) == 1 and "--batch-size 3" in sentences[0], err
+    assert code != 0 and len(sentences) == 1 and "--batch-size 3 must be a multiple of 2:" in sentences[0], err
     assert not (tmp_path / "out").exists()
 
 def test_a_rank_that_dies_ends_the_run(tmp_path):
