@@ -298,11 +298,11 @@ def main():
             if seed < (5 if row in CENTRAL else 3)]
     cells = in_parallel(cell, jobs, "all seeds")
     runs |= {row: [value for key, value in sorted(cells.items()) if key[0] == row] for row in rows}
-    jobs = [(out, row, rate, seed, iterations, count, ["4", "8"]) for seed in range(min(seeds, 3))
-            for row in SAME_RATES["rows"] if row in rows for rate in SAME_RATES["rates"] if rate in rates]
+    same_rows, same_rates = ([x for x in SAME_RATES[kind] if x in asked] for kind, asked in (("rows", rows), ("rates", rates)))
+    few = range(min(seeds, 3))
+    jobs = [(out, row, rate, seed, iterations, count, ["4", "8"]) for seed in few for row in same_rows for rate in same_rates]
     cells = in_parallel(cell, jobs, "same rates")
-    same = {row: {rate: [cells[row, rate, seed] for seed in range(min(seeds, 3))] for rate in SAME_RATES["rates"] if rate in rates}
-            for row in SAME_RATES["rows"] if row in rows}
+    same = {row: {rate: [cells[row, rate, seed] for seed in few] for rate in same_rates} for row in same_rows}
 
     real, y, _, held_out = digits()
     half = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
