@@ -308,27 +308,29 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     index = everyone[rows]
     t_i = schedule[index].to(device, non_blocking=True)
 
-    gen = generator(seed, k, "noise", device=device)
-    u = 1 - torch.rand(5, batch, generator=gen, device=device)[:, rows]  # on (0, 1]
-    off, ca, dm, cdm, fake = u
+    def uniform(name):
+        gen = generator(seed, k, "time", name, device=device)
+        return 1 - torch.rand(batch, generator=gen, device=device)[rows]  # on (0, 1]
+
+    def normal(name):
+        gen = generator(seed, k, "noise", name, device=device)
+        # The clone lets go of the other rows' memory.
+        return torch.randn(batch, *shape, generator=gen, device=device)[rows].clone()
+
     tau = {
-        "ca": ca * t_i,  # tau ~ U(0, t_i): bounded by the anchor's own time
-        "dm": dm,  # tau ~ U(0, 1]
-        "cdm": cdm,
-        "fake": fake,
+        "ca": uniform("ca") * t_i,  # tau ~ U(0, t_i): bounded by the anchor's own time
+        "dm": uniform("dm"),  # tau ~ U(0, 1]
+        "cdm": uniform("cdm"),
+        "fake": uniform("fake"),
     }
     tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
-    t_off = off.clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1], whatever the schedule
+    noise = {name: normal(name) for name in ("start", *tau)}
 
-    names = ["start", *tau]
+    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1], whatever the schedule
     if cfg.cdm_point == "anchor":
         t_off = t_i
     if cfg.cdm_point == "renoise":
-        names.append("off")
-    noise = {}
-    for name in names:
-        # The clone lets go of the other rows' memory.
-        noise[name] = torch.randn(batch, *shape, generator=gen, device=device)[rows].clone()
+        noise["off"] = normal("off")
 
     idle_calls = int(everyone.max() - index.max()) if ranks > 1 else 0
     return Draw(schedule, index, t_off, tau, noise, idle_calls)
