@@ -388,11 +388,6 @@ def average_into(params, others, decay):
         params[name].lerp_(other, 1 - decay)
 
 
-def off_path_rows(k, n):
-    """NOT IN THE PAPER: every other row, the even ones for even k and the odd ones for odd k."""
-    return torch.arange(n)[k % 2 :: 2]
-
-
 def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
     """Iteration k = 1, 2, ...: simulate, update the fake score, and every R-th time the student.
 
@@ -438,8 +433,8 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         t_from = anchor.t
         if cfg.anchor_aware_fake and cfg.cdm_weight:
             # NOT IN THE PAPER: L_CDM asks this fake score about t' too, so it also trains there.
-            rows = off_path_rows(k, len(x0))
-            if len(rows):
+            rows = slice(k % 2, None, 2)  # every other row
+            if len(x0[rows]):
                 with torch.no_grad():
                     x0[rows] = student_estimate(x_off[rows], d.t_off[rows], take(cond, rows))
                 t_from = anchor.t.clone()
@@ -564,6 +559,17 @@ class Role:
         return v
 
 
+def check_lora(folder, net):
+    """Refuse a LoRA file with layers that the network does not have: diffusers would skip them."""
+    from safetensors import safe_open
+
+    layers = {f"transformer.{name}" for name, _ in net.named_modules()}
+    with safe_open(Path(folder, "pytorch_lora_weights.safetensors"), "pt") as file:
+        unknown = [key for key in file.keys() if key.rsplit(".lora_", 1)[0] not in layers]
+    advice = "give a LoRA that cdm.py or diffusers wrote for this teacher"
+    require(not unknown, f"--student {folder} has layers such as {unknown[:1]}: {advice}.")
+
+
 class Pipeline:
     """A frozen diffusers pipeline: conditions, latent shape, time shift, sampling, decoding.
 
@@ -594,8 +600,11 @@ class Pipeline:
                 name, transformer=net.to(device), dtype=self.dtype, **self.left_out(args)
             )
             if is_lora:
+                check_lora(student, net)
                 self.pipe.load_lora_weights(student)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Mistake:
+            raise
+        except Exception as error:
             raise Mistake(f"{folder} cannot be loaded as {self.title}: {one_line(error)}") from None
 
         self.transformer = net
@@ -603,9 +612,9 @@ class Pipeline:
         self.encoders = [part for key, part in parts if part and key.startswith("text_encoder")]
         for module in [*self.encoders, self.pipe.vae, net]:
             module.requires_grad_(False).eval().to(device)
-        self.shift = self.pipe.scheduler.config.shift
-        self.timesteps = self.pipe.scheduler.config.num_train_timesteps
         self.resolution, self.shape = self.geometry(args.resolution)
+        self.timesteps = self.pipe.scheduler.config.num_train_timesteps
+        self.shift, self.mu = self.time_shift()
         self.empty = self.encode([""])
 
     def identity(self):
@@ -616,6 +625,8 @@ class Pipeline:
         """Pixels a side, the teacher's own unless given, and the latents' shape (C, h, w)."""
         config = self.transformer.config
         scale = self.pipe.vae_scale_factor
+        known = resolution or config.sample_size
+        require(known, f"{self.name} does not say its size: give --resolution.")
         resolution = resolution or config.sample_size * scale
         patch = config.patch_size * scale
         largest = config.pos_embed_max_size * patch
@@ -625,6 +636,36 @@ class Pipeline:
             f"give a multiple of {patch} up to {largest}.",
         )
         return resolution, (config.in_channels, resolution // scale, resolution // scale)
+
+    def time_shift(self):
+        """The shift of the teacher's scheduler, and the mu that a dynamic shift needs, or None.
+
+        Raises Mistake if the scheduler does anything else to the times than shift_times does.
+        """
+        scheduler = self.pipe.scheduler
+        config = scheduler.config
+        shift = config.get("shift", 1.0)
+        mu = None
+        if config.get("use_dynamic_shifting"):  # mu is linear in the number of image tokens
+            tokens = self.shape[1] * self.shape[2] / self.transformer.config.patch_size**2
+            slope = config.max_shift - config.base_shift
+            slope /= config.max_image_seq_len - config.base_image_seq_len
+            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+            shift = math.exp(mu)
+        try:
+            scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
+            agrees = torch.allclose(scheduler.sigmas[:4].cpu(), uniform_times(4, shift), atol=1e-5)
+        except Exception:
+            agrees = False
+        name = type(scheduler).__name__
+        advice = "give the teacher a plain FlowMatchEulerDiscreteScheduler"
+        require(agrees, f"the {name} of {self.name} does more than shift the times: {advice}.")
+        return shift, mu
+
+    def teacher_times(self, steps):
+        """The times at which diffusers samples the teacher by default, (steps,)."""
+        self.pipe.scheduler.set_timesteps(steps, mu=self.mu)
+        return self.pipe.scheduler.sigmas[:-1].cpu()
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -658,7 +699,7 @@ class Pipeline:
         images = []
         for i, z in enumerate(noise):
             x0 = sample(model, z.to(self.device), times, take(cond, slice(i, i + 1)))
-            latents = x0 / vae.config.scaling_factor + vae.config.shift_factor
+            latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
             pixels = vae.decode(latents.to(vae.dtype)).sample.float()
             images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
         return images
@@ -672,7 +713,8 @@ class SD3(Pipeline):
     lora_targets = (
         "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
         "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
-        "ff_context.net.2"
+        "ff_context.net.2 "
+        "attn2.to_q attn2.to_k attn2.to_v attn2.to_out.0"  # SD3.5's second attention
     ).split()
     pipeline_class = "StableDiffusion3Pipeline"
     transformer_class = "SD3Transformer2DModel"
@@ -716,14 +758,15 @@ class SD3(Pipeline):
             parts = "transformer=None, " + parts
             network = f'{self.transformer_class}.from_pretrained("{folder}", dtype=torch.bfloat16)'
             load = f"pipe.transformer = {network}"
+        side = self.resolution
         return CARD.format(
             teacher=self.name,
             updates=updates,
             classes=f"{self.transformer_class}, {self.pipeline_class}",
             pipeline=f'{self.pipeline_class}.from_pretrained("{self.name}", {parts}',
             load=load,
-            call=f"{prompt!r}, max_sequence_length={self.tokens()}",
-            size=f"height={self.resolution}, width={self.resolution}",
+            prompt=repr(prompt),
+            options=f"height={side}, width={side}, max_sequence_length={self.tokens()}",
         )
 
 
@@ -746,8 +789,13 @@ from diffusers import {classes}
 pipe = {pipeline}dtype=torch.bfloat16)
 {load}
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-steps = dict(num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0)
-image = pipe({call}, {size}, **steps).images[0]
+image = pipe(
+    {prompt},
+    num_inference_steps=4,
+    sigmas=[1.0, 0.75, 0.5, 0.25],
+    guidance_scale=1.0,
+    {options},
+).images[0]
 image.save("image.png")
 ```
 """
@@ -757,29 +805,37 @@ FAMILIES = {"StableDiffusion3Pipeline": SD3}
 
 def find_teacher(name):
     """A hub id or a folder -> (its name, its family's class). Raises Mistake if it is neither."""
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
     if name == "stabilityai/stable-diffusion-3-medium":
         name += "-diffusers"  # the first holds single-file checkpoints only
-    advice = "give a pipeline folder"
-    if not os.path.exists(name) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        advice = (
-            f"check it, accept its licence at https://huggingface.co/{name} and log in with "
-            "`hf auth login`, or give a pipeline folder"
-        )
-    elif not os.path.isdir(name):
-        raise Mistake(f"--teacher {name} is neither a folder nor a hub id: {advice}.")
+    index = Path(name, "model_index.json")
+    if not os.path.isdir(name):
+        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
+        require(hub_id, f"--teacher {name} is neither a folder nor a hub id: check it.")
+        reasons = {
+            "GatedRepoError": "is gated",
+            "RepositoryNotFoundError": "is unknown, or private",
+            "RemoteEntryNotFoundError": "is not in diffusers layout: it has no model_index.json",
+        }
+        try:
+            index = hf_hub_download(name, "model_index.json")
+        except Exception as error:
+            unreachable = "is no folder here and cannot be reached on the hub or in its cache"
+            reason = reasons.get(type(error).__name__, unreachable)
+            raise Mistake(
+                f"--teacher {name} {reason}: check it, accept its licence at "
+                f"https://huggingface.co/{name} and log in with `hf auth login`, "
+                "or give a pipeline folder."
+            ) from None
     try:
-        kind = DiffusionPipeline.load_config(name)["_class_name"]
-    except Exception as error:
-        # The hub's own words say more than diffusers' about a gated or unknown repository.
-        reason = one_line(error.__context__ or error)
-        raise Mistake(
-            f"--teacher {name} cannot be read as an SD3 pipeline: {reason} - {advice}."
-        ) from None
+        kind = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None
     families = " or a ".join(FAMILIES)
     require(
-        kind in FAMILIES, f"--teacher {name} is a {kind}: give a {families}, such as SD3-Medium."
+        kind in FAMILIES,
+        f"--teacher {name} is no SD3 pipeline: model_index.json names {kind}: give a {families}.",
     )
     return name, FAMILIES[kind]
 
@@ -867,6 +923,8 @@ def parse_args(argv=None):
             section.add_argument("--" + name.replace("_", "-"), **options)
     args = Settings(**vars(parser.parse_args(argv)))
     args.output_dir = args.output_dir or ("runs/images" if args.generate else "runs/cdm")
+    for name in ("teacher", "prompts", "output_dir", "student"):
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
     check(args)
     return args
 
@@ -910,7 +968,7 @@ def parse_times(text):
     return torch.tensor(times)
 
 
-def read_prompts(path):
+def read_prompts(path=""):
     """The lines of a UTF-8 file without blanks and duplicates; without a file, built-in prompts."""
     if not path:
         media = "photograph, oil painting, watercolor, pencil drawing, 3D render, woodcut"
@@ -925,13 +983,18 @@ def read_prompts(path):
         ]
         order = torch.randperm(len(prompts), generator=generator("prompts"))
         return [prompts[i] for i in order]
+    kind = Path(path).suffix
+    require(kind in ("", ".txt"), f"--prompts {path} is a {kind} file: give plain text, .txt.")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
     except (OSError, UnicodeDecodeError) as error:
         reason = one_line(error)
         raise Mistake(f"--prompts {path} cannot be read: {reason}: give UTF-8 text.") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    lines = [line.strip() for line in text.split("\n")]
+    prompts = list(dict.fromkeys(line for line in lines if line))
     require(prompts, f"--prompts {path} holds no prompt: write one a line.")
+    plain = "\0" not in text and not prompts[0].startswith(("{", "["))
+    require(plain, f"--prompts {path} is not plain UTF-8 text: give one prompt a line.")
     return prompts
 
 
@@ -947,6 +1010,14 @@ def shard(net, device):
     for part in [*getattr(net, "transformer_blocks", []), net]:
         # The root reshards too, because swap_ema edits the shards in place.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def check_compiler(device):
+    """Raise Mistake if torch.compile does not work on this machine."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise Mistake(f"--compile cannot work here, leave it out: {one_line(error)}") from None
 
 
 def full(x):
@@ -974,6 +1045,8 @@ def replacing(path, run):
     yield tmp
     run.wait()
     if run.rank == 0:
+        for file in tmp.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors lets nobody else read its files
         shutil.rmtree(path, ignore_errors=True)
         tmp.rename(path)
 
@@ -1028,6 +1101,8 @@ class Run:
             if device.type == "cuda":
                 args.micro_batch_size = math.gcd(self.batch, 4)
 
+        if args.compile:
+            check_compiler(device)
         self.prompts = read_prompts(args.prompts)
         name, family = find_teacher(args.teacher)
         self.family = family(name, args, device)
@@ -1035,8 +1110,37 @@ class Run:
             self.build(*self.lora_networks())
         else:
             self.build(*self.full_networks())
+        self.rehearse()
         if args.resume:
             self.resume()
+
+    @torch.no_grad()
+    def rehearse(self):
+        """Try now what the run needs later: encode, sample, decode. Raises Mistake if it fails."""
+        family = self.family
+        prompts = ["a red fox", "a blue cat"]  # as many words: unknown words differ in number alone
+        outputs = []
+
+        def remember(encoder, inputs, output):
+            outputs.append((type(encoder).__name__, output[0]))
+
+        hooks = [encoder.register_forward_hook(remember) for encoder in family.encoders]
+        cond = family.encode(prompts)
+        for hook in hooks:
+            hook.remove()
+        for name, output in outputs:
+            same = torch.equal(output[0], output[1])
+            advice = "is its tokenizer complete?"
+            require(not same, f"to the {name} of {family.name} all prompts are the same: {advice}")
+        noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
+        times = uniform_times(2, family.shift)
+        x0 = sample(self.teacher, noise.to(self.device), times, take(cond, slice(1)))
+        require(
+            x0.isfinite().all(),
+            f"{family.name} gives samples that are not finite: check the teacher's weights.",
+        )
+        if self.args.sample_every:
+            family.images(self.teacher, [noise], times[:1], prompts[:1])
 
     def wait(self):
         """Wait for the other ranks."""
@@ -1159,9 +1263,13 @@ class Run:
         """A log without the iterations that will come again, and a first line on the terminal."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         self.log_file.touch()
-        lines = self.log_file.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= self.k]
+        kept = []
+        for line in self.log_file.read_text().splitlines():
+            try:
+                if json.loads(line)["iteration"] <= self.k:
+                    kept.append(line + "\n")
+            except ValueError:
+                print(f"cdm.py: dropped a damaged line of {self.log_file}")
         self.log_file.write_text("".join(kept))
         family = self.family
         source = self.args.prompts or "built-in lists"
@@ -1178,7 +1286,9 @@ class Run:
         *numbers, stop = (values / self.world).tolist()  # here alone the loop waits for the GPU
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        advice = "the last checkpoint stays: try lower learning rates"
+        advice = "start again with lower learning rates"
+        if self.checkpoints():
+            advice = "the last checkpoint stays: --resume it with lower --student-lr and --fake-lr"
         require(not bad, f"{bad} not finite at iteration {self.k + 1}; {advice}.")
         return values, stop > 0
 
@@ -1202,8 +1312,7 @@ class Run:
             noise.append(torch.randn(1, *family.shape, generator=gen))
         if not self.reference:  # drawn once
             scale = 1 + args.alpha if args.ca_weight else 1
-            family.pipe.scheduler.set_timesteps(28)
-            many = family.pipe.scheduler.sigmas[:-1].cpu()
+            many = family.teacher_times(28)
             guided = family.images(family.guided(self.teacher, scale), noise, many, prompts)
             plain = family.images(self.teacher, noise, few, prompts)
             self.reference.append((f"teacher, 28 steps, guidance {scale:g}", guided))
@@ -1227,11 +1336,12 @@ class Run:
 
     def identity(self):
         """What must be the same in a run and its continuation."""
-        names = [*CDM.__annotations__, *AnchorAware.__annotations__]
-        names += ["batch_size", "micro_batch_size", "seed", "lora_rank", "no_t5"]
+        names = {*CDM.__annotations__, *AnchorAware.__annotations__}
+        names -= {"student_lr", "fake_lr", "anchor_lr"}  # these may change
+        names |= {"batch_size", "micro_batch_size", "seed", "lora_rank", "no_t5"}
         checksum = zlib.crc32("\n".join(self.prompts).encode())
         return {
-            **{name: getattr(self.args, name) for name in names},
+            **{name: getattr(self.args, name) for name in sorted(names)},
             "prompts": f"{len(self.prompts)} prompts of checksum {checksum:08x}",
             "resolution": self.family.resolution,
             "teacher": self.family.identity(),
@@ -1239,7 +1349,8 @@ class Run:
 
     def checkpoints(self):
         """The checkpoints' folders, oldest first."""
-        return sorted(self.folder.glob("checkpoint_??????"))
+        found = [p for p in self.folder.glob("*") if re.fullmatch(r"checkpoint_\d{6,}", p.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
 
     def save(self):
         """checkpoint_NNNNNN: torch's distributed checkpoint, each rank its own shards.
@@ -1255,6 +1366,8 @@ class Run:
                 state = {
                     "iteration": self.k,
                     "settings": self.identity(),
+                    "processes": self.world,
+                    "threads": torch.get_num_threads(),
                     "command": sys.argv,
                     "versions": {name: importlib.metadata.version(name) for name in packages},
                 }
@@ -1264,22 +1377,38 @@ class Run:
                 shutil.rmtree(old)
 
     def resume(self):
-        """Load the newest checkpoint, if there is one yet."""
-        newest = max(self.checkpoints(), default=None)
-        if newest is None:
-            return
-        saved = json.loads((newest / "state.json").read_text())
-        for name, now in self.identity().items():
+        """Continue from the newest checkpoint that can be read, if there is one yet."""
+        for folder in reversed(self.checkpoints()):
+            try:
+                return self.load(folder)
+            except Mistake:
+                raise
+            except Exception as error:
+                print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
+        require(not self.checkpoints(), f"--resume: no checkpoint in {self.folder} can be read.")
+
+    def load(self, folder):
+        """Fill every tensor from a checkpoint made with the same settings."""
+        saved = json.loads((folder / "state.json").read_text())
+        settings = self.identity()
+        if saved["processes"] != self.world:
+            del settings["micro_batch_size"]  # other numbers of processes have other shares
+        for name, now in settings.items():
             flag = "--" + name.replace("_", "-")
             was = saved["settings"].get(name)
             require(now == was, f"--resume: {flag} is {now}, but the run was made with {was}.")
         self.k = saved["iteration"]
         enough = self.k <= self.args.iterations
         require(enough, f"--resume: the run is at {self.k}: give more --iterations.")
+        threads = torch.get_num_threads()
+        if saved["threads"] != threads and self.rank == 0:
+            print(
+                f"cdm.py: {threads} threads, {saved['threads']} before: results differ by rounding."
+            )
         self.fake_score.updates = self.k
         self.student.updates = self.k // self.args.student_every
         for name, tensors in self.state().items():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(newest / name))
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / name))
 
     def export(self):
         """student/: the EMA student as diffusers loads it, and a README that says how."""
@@ -1303,14 +1432,14 @@ class Run:
         if not self.args.lora_rank:
             model = type(net).from_config(net.config)
             model.load_state_dict(weights | dict(net.named_buffers()))
+            if model.config.get("sample_size"):
+                model.register_to_config(sample_size=self.family.shape[-1])
             model.save_pretrained(folder)
             return
-        # Without this, diffusers would load it with alpha = rank.
-        config = net.peft_config["student"].to_dict()
-        config["target_modules"] = sorted(config["target_modules"])
-        self.family.pipe.save_lora_weights(
-            folder, weights, transformer_lora_adapter_metadata=config
-        )
+        # Programs that read the file take alpha = rank, so the factor alpha / rank = 2 goes into B.
+        for name, x in weights.items():
+            weights[name] = 2 * x if "lora_B" in name else x
+        self.family.pipe.save_lora_weights(folder, weights)
 
     def say_what_to_do_next(self):
         """The last lines on the terminal."""
@@ -1325,6 +1454,7 @@ class Run:
 
 def generate(args, device):
     """--generate: write one PNG for each prompt and print its name."""
+    times = parse_times(args.times) if args.times else None
     folder = Path(args.student, "student")
     if not folder.is_dir():
         folder = Path(args.student)
@@ -1332,7 +1462,6 @@ def generate(args, device):
         args.student and folder.is_dir(), f"--student {args.student} is no folder: give a run's."
     )
     name, family = find_teacher(args.teacher)
-    times = parse_times(args.times) if args.times else None
     family = family(name, args, device, folder)
     if times is None:
         times = uniform_times(args.sample_steps, family.shift)
@@ -1340,15 +1469,22 @@ def generate(args, device):
     noise = torch.randn(1, *family.shape, generator=torch.Generator().manual_seed(args.seed))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.generate):
-        words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
+        words = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:80].decode(errors="ignore")
         steps = args.times.replace(",", "-") or args.sample_steps
         path = Path(args.output_dir, f"{i:02d}_{words}_seed{args.seed}_steps{steps}.png")
+        name = path.stem
+        for n in itertools.count(2):  # nothing is overwritten
+            if not path.exists():
+                break
+            path = path.with_stem(f"{name}_{n}")
         family.images(model, [noise], times, [prompt])[0].save(path)
         print(path)
 
 
 def train(args, device, rank, world):
     """One process of a run, from loading to the exported student."""
+    from filelock import FileLock, Timeout
+
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         available = torch.distributed.is_backend_available(backend)
@@ -1366,15 +1502,28 @@ def train(args, device, rank, world):
             print("\ncdm.py: stopping after this iteration; again to stop now.", file=sys.stderr)
         run.stop = True
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    run.train()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), stop)
+    lock = FileLock(run.folder / "lock")
+    if rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise Mistake(f"another process trains in {run.folder}: wait, or stop it.") from None
+    try:
+        run.train()
+    finally:
+        lock.release()
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0, or 2 after one sentence about a mistake."""
+    from safetensors import SafetensorError
+
     # The libraries' notices are about packages that nobody misses here.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -1396,7 +1545,7 @@ def main(argv=None):
         return 0
     except Mistake as mistake:
         sentence = str(mistake)
-    except (OSError, dcp.CheckpointException) as error:
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]
         sentence = f"{error}: check the path, its permissions and the space left on the disk."

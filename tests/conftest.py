@@ -1,13 +1,21 @@
-"""Lets the tests import `cdm` and `toy_2d`, which are files and not packages, and `digits` from this folder. Adds `--slow`."""
+"""What all tests share: where to find the modules, runs that several tests look at, --slow."""
 
+import os
 import sys
+import time
 from pathlib import Path
 
-import pytest
+# Before anything imports diffusers or transformers.
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["DIFFUSERS_VERBOSITY"] = "error"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
-for folder in (Path(__file__).parents[1], Path(__file__).parent):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+import pytest
+import torch
+from helpers import finished, load_pipe
+
+STARTED = time.time()
 
 
 def pytest_addoption(parser):
@@ -15,11 +23,51 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more than the ordinary run's share of time; needs --slow")
+    config.addinivalue_line("markers", "slow: takes minutes; needs --slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    seconds = time.time() - STARTED
+    terminalreporter.write_line(f"the suite took {seconds:.0f} s on {os.cpu_count()} cores")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Runs are compared bit for bit with runs of other processes: all sum in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder for the runs that several tests look at."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def whole(work):
+    """Six uninterrupted iterations, with samples. Tests do not change it."""
+    samples = ["--sample-every", 3, "--sample-count", 2]
+    return finished(work / "whole", "--iterations", 6, *samples)
+
+
+@pytest.fixture(scope="session")
+def lora(work):
+    """Six uninterrupted iterations of LoRA. Tests do not change it."""
+    return finished(work / "lora", "--iterations", 6, "--lora-rank", 4)
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    """The undistilled teacher, as diffusers loads it."""
+    return load_pipe()

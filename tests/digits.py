@@ -1,4 +1,4 @@
-"""Handwritten digits: the data, the prompts and the one quality figure of the demo teacher `tests/digits_sd3`.
+"""Handwritten digits: the data, the prompts and the measure of the teacher `tests/digits_sd3`.
 
     images, labels = load_digits()                          # (1797, 1, 8, 8) in [-1, 1], (1797,)
     frechet_distance(to_pixels(generated), to_pixels(images))
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PROMPTS = [f"a handwritten digit {word}" for word in WORDS]  # PROMPTS[label] describes an image of that label
+PROMPTS = [f"a handwritten digit {word}" for word in WORDS]  # PROMPTS[label] names that label
 
 
 def load_digits():
-    """All 1,797 digits: images (1797, 1, 8, 8), float32 in [-1, 1] (-1 = paper), and labels (1797,), long."""
+    """All 1,797 digits: images (1797, 1, 8, 8), float32 in [-1, 1] (-1 is paper), labels."""
     with np.load(Path(__file__).with_name("digits.npz")) as data:
         images = torch.from_numpy(data["images"]).float().unsqueeze(1) / 8 - 1
         return images, torch.from_numpy(data["labels"]).long()
@@ -25,8 +25,8 @@ def load_digits():
 def to_pixels(images):
     """Images as features of the Fréchet distance: (N, 64) float64, grey, in [-1, 1].
 
-    `images`: a tensor (N, 3, 8, 8) or (N, 1, 8, 8) in [-1, 1], as `vae.decode` returns it, or a list of PIL images, as
-    the pipeline returns them. (The pipeline's `output_type="pt"` is in [0, 1]: map it back first.)
+    images: a tensor (N, 3, 8, 8) or (N, 1, 8, 8) in [-1, 1], as `vae.decode` returns it, or a list
+    of PIL images, as the pipeline returns them.
     """
     if not torch.is_tensor(images):
         images = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
@@ -39,11 +39,12 @@ def frechet_distance(a, b):
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    The last trace is that of the symmetric (C_a^(1/2) C_b C_a^(1/2))^(1/2), so two eigen-decompositions give it.
+    The last trace is that of the symmetric (C_a^(1/2) C_b C_a^(1/2))^(1/2), so two
+    eigen-decompositions give it.
 
-    For scale, on `to_pixels` features (pixels in [-1, 1]): two random halves of the real digits, about 900 each, are
-    0.28 apart, and 1,000 draws from the very Gaussian that fits all 1,797 digits are 0.13 from them. So a perfect
-    generator does not reach 0.
+    For scale, on `to_pixels` features: two random halves of the real digits are 0.28 apart, and
+    1,000 draws from the Gaussian that fits all of them are 0.13 from them. So a perfect generator
+    does not reach 0.
     """
     mu_a, mu_b = a.mean(dim=0), b.mean(dim=0)
     cov_a, cov_b = a.T.cov(), b.T.cov()
