@@ -25,18 +25,18 @@ gradient.
     tau                             the time to which a clean estimate is noised again, so that
                                     teacher and fake score can be compared there
 
-From the paper to the code. Equations 1, 3-4 and 7 have numbers here; all else is cited by section.
+From the paper to the code, by equation, section or symbol:
 
     clean estimate D                Eq. 1       clean_estimate
     dynamic continuous schedule     sec. 3.2    sample_schedule
     backward simulation             sec. 3.2    backward_simulation
-    pseudo-target, weight w         sec. 3.1    pseudo_target_loss, dmd_weight
+    pseudo-target, weight w         w           pseudo_target_loss, dmd_weight
     L_CA, CFG augmentation          Eqs. 3-4    ca_loss
     L_DM, distribution matching     Eqs. 3-4    dm_loss
     every tau, t' and noise                     draw_iteration: tau["ca"] ~ U(0, t_i), t' ~ U(0, 1]
     off-trajectory point x_{t'}     Eq. 7       euler_step, called in cdm_iteration
     L_CDM                           sec. 3.3    dm_loss at the off-trajectory point
-    fake score and its pull         L_fake      fake_score_loss, average_into
+    fake score, on student's x0     L_fake      fake_score_loss, average_into
     one iteration                               cdm_iteration
 
 Not in the paper: --anchor-aware-fake, off by default. README says what is left out on purpose.
@@ -62,7 +62,7 @@ import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -171,8 +171,11 @@ def sample(model, noise, times, cond):
 
 
 # --------------------------------------------------------------------------------------------------
-# The losses (sec. 3.1, Eqs. 3-4; sec. 3.3). All are pseudo-target regressions:
+# The losses (Eqs. 3-4; sec. 3.3). All are pseudo-target regressions:
 # x0_hat carries the student's gradient, and is pulled towards sg[x0_hat + w delta].
+#
+# A new loss is a function here, a weight in CDM, a name in draw_iteration's `tau`, and a call in
+# cdm_iteration.
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
@@ -204,7 +207,7 @@ def pseudo_target_loss(x0_hat, delta, w):
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
     """L_CA, CFG augmentation: delta = alpha [D_real(z, tau, c) - D_real(z, tau, (/))].  (Eqs. 3-4)
 
-    x0_hat: the student's clean estimate at its anchor; tau: (B,), below the anchor's own time;
+    x0_hat: the student's clean estimate at its anchor; tau: (B,), at most the anchor's own time;
     noise: fresh; uncond: the empty prompt's condition.
     """
     with torch.no_grad():
@@ -244,13 +247,13 @@ def fake_score_loss(fake_score, x0, cond, tau, noise):
 class AnchorAware:
     """NOT IN THE PAPER: a fake score that knows where its clean estimate was made."""
 
-    anchor_aware_fake: bool = False  # the fake score also sees the time of its clean estimate
-    anchor_lr: float = 1e-3  # learning rate of the layer that shows it
+    anchor_aware_fake: bool = False  # the fake score sees the time at which an estimate was made
+    anchor_lr: float = 1e-3  # learning rate of the layer that embeds this time
 
 
 @dataclass
 class CDM(AnchorAware):
-    """The method. Defaults: the authors' SD3-Medium configuration."""
+    """The method. Defaults: the authors' for SD3-Medium, whose rates belong to bf16 weights."""
 
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
     dm_weight: float = 1.0  # weight of L_DM, distribution matching
@@ -259,11 +262,11 @@ class CDM(AnchorAware):
     schedule: Literal["dynamic", "fixed"] = "dynamic"  # fixed: DMD2's 1, 0.75, 0.5, 0.25, shifted
     max_schedule_steps: int = 28  # N_max, the most steps of a dynamic schedule
     time_low: float = 0.25  # inner times are U[time_low, time_high] before the shift
-    time_high: float = 0.95  # see --time-low
+    time_high: float = 0.95  # upper end of the inner times
     stratified: bool = False  # draw one inner time in each of N - 1 equal bins
-    cdm_point: Literal["euler", "anchor", "renoise"] = "euler"  # where L_CDM looks: Eq. 7, or not
+    cdm_point: Literal["euler", "anchor", "renoise"] = "euler"  # where L_CDM looks; euler: Eq. 7
     tau_min: float = 0.02  # every drawn tau and t' is clamped to [tau_min, tau_max]
-    tau_max: float = 0.98  # see --tau-min
+    tau_max: float = 0.98  # upper end of every tau and t'
     student_every: int = 2  # R, fake-score updates for each student update
     student_lr: float = 1e-5  # AdamW learning rate of the student
     fake_lr: float = 5e-6  # AdamW learning rate of the fake score
@@ -283,7 +286,7 @@ class Draw:
     t_off: torch.Tensor  # (B,) t', where L_CDM looks
     tau: dict  # (B,) for each of "ca", "dm", "cdm", "fake": the time of its re-noising
     noise: dict  # (B, ...) for the same names, and for "start": x at t = 1
-    idle_calls: int = 0  # FSDP: see cdm_iteration
+    idle_calls: int = 0  # not random: for FSDP, see cdm_iteration
 
 
 def generator(*key, device="cpu"):
@@ -294,8 +297,8 @@ def generator(*key, device="cpu"):
 def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), device="cpu", ranks=1):
     """The Draw of iteration k for some rows of a global batch of samples of the given shape.
 
-    It depends on seed, k and names alone. Each loss has generators of its own, so that a new loss
-    changes no other draw.
+    A sample's draws do not depend on the number of processes or micro-batches. Each loss has
+    generators of its own, so a new loss changes no other draw.
     """
     gen = generator(seed, k, "schedule")
     if cfg.schedule == "dynamic":
@@ -304,8 +307,8 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         )
     else:
         schedule = uniform_times(4, shift)
-    everyone = torch.randint(len(schedule), (batch,), generator=gen)
-    index = everyone[rows]
+    all_indices = torch.randint(len(schedule), (batch,), generator=gen)
+    index = all_indices[rows]
     t_i = schedule[index].to(device, non_blocking=True)
 
     def uniform(name):
@@ -314,7 +317,7 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
 
     def normal(name):
         gen = generator(seed, k, "noise", name, device=device)
-        # The clone lets go of the other rows' memory.
+        # Cloned, because a view would keep the whole batch's memory.
         return torch.randn(batch, *shape, generator=gen, device=device)[rows].clone()
 
     tau = {
@@ -332,7 +335,7 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     if cfg.cdm_point == "renoise":
         noise["off"] = normal("off")
 
-    idle_calls = int(everyone.max() - index.max()) if ranks > 1 else 0
+    idle_calls = int(all_indices.max() - index.max()) if ranks > 1 else 0
     return Draw(schedule, index, t_off, tau, noise, idle_calls)
 
 
@@ -355,12 +358,10 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(params.values()), "base_lr": lr} for params, lr in groups],
             lr=0.0,  # step() sets it
-            betas=(0.9, 0.999),
-            eps=1e-8,
             weight_decay=cfg.weight_decay,
             fused=True,
         )
-        # AdamW makes these at its first step. A resumed run fills them before that.
+        # AdamW would create its state at the first step. A resumed run fills it before that.
         for p in self.params.values():
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -443,10 +444,8 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         record(loss_fake=loss)
         (scale * loss).backward()
     stats["grad_norm_fake"] = fake_score.step()
-    average_into(
-        fake_score.params, student.params, cfg.fake_pull
-    )  # phi <- beta phi + (1-beta) theta
-    if k % cfg.student_every:
+    average_into(fake_score.params, student.params, cfg.fake_pull)  # phi is pulled to theta
+    if k % cfg.student_every != 0:
         return stats
 
     # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM.
@@ -476,15 +475,18 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
             cdm = dm_loss(x0_hat, teacher, fake, cond, d.tau["cdm"], d.noise["cdm"])
             record(loss_cdm=cdm.value, w_cdm=cdm.w.mean())
             (scale * cfg.cdm_weight * cdm.value).backward()
-    n = student.updates
+    n = student.updates  # before this one
     stats["grad_norm_student"] = student.step()
     average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))  # theta_bar
     return stats
 
 
 # ==================================================================================================
-# 2. Model families: a diffusers pipeline as the algorithm needs it. Section 3 knows the methods of
-#    Pipeline alone. A new family is a class beside SD3, named in FAMILIES.
+# 2. Model families: a diffusers pipeline as the algorithm needs it. A new family is a class beside
+#    SD3 and LongCatImage, named in FAMILIES. Pipeline says what such a class must have.
+# ==================================================================================================
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Mistake(Exception):
@@ -497,8 +499,9 @@ def require(condition, sentence):
 
 
 def one_line(error):
-    """An exception's message as part of a sentence."""
-    return " ".join(str(error).split())[:300]
+    """Both ends of an exception's message, as part of a sentence: either may be the useful one."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else f"{text[:120]} ... {text[-180:]}"
 
 
 class AnchorTime(torch.nn.Module):
@@ -540,17 +543,20 @@ class Role:
             net.set_adapter(self.adapter)
         else:
             net.disable_adapters()
-        # These calls froze the other adapter, but its backward pass may still be to come.
+        # set_adapter froze the other adapter, which may still await its backward pass.
         for name, p in net.named_parameters():
             p.requires_grad_("lora_" in name)
 
     def __call__(self, x_t, t, cond, anchor_t=None):
         self.activate()
-        device = x_t.device.type
+        bf16 = torch.bfloat16
+        enabled = self.family.dtype == bf16
         # No autocast cache: it would keep a bf16 copy of every weight.
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
-            if anchor_t is not None:
-                cond = (*cond[:-1], cond[-1] + self.anchor_time(anchor_t).to(cond[-1].dtype))
+        with torch.autocast(x_t.device.type, bf16, enabled=enabled, cache_enabled=False):
+            if anchor_t is not None:  # added to the last condition, to all its tokens alike
+                shown = self.anchor_time(anchor_t).to(cond[-1].dtype)
+                shown = shown.reshape(len(shown), *[1] * (cond[-1].ndim - 2), -1)
+                cond = (*cond[:-1], cond[-1] + shown)
             v = self.family.velocity(self.transformer, x_t, t, cond).float()
         if v.requires_grad and self.adapter:
             # Checkpointing runs the forward pass again inside backward, when another role may be
@@ -559,57 +565,67 @@ class Role:
         return v
 
 
-def check_lora(folder, net):
-    """Refuse a LoRA file with layers that the network does not have: diffusers would skip them."""
+def add_lora(net, folder):
+    """Add a LoRA file's weights to a network. Raises Mistake unless all of them fit."""
     from safetensors import safe_open
 
-    layers = {f"transformer.{name}" for name, _ in net.named_modules()}
-    with safe_open(Path(folder, "pytorch_lora_weights.safetensors"), "pt") as file:
-        unknown = [key for key in file.keys() if key.rsplit(".lora_", 1)[0] not in layers]
-    advice = "give a LoRA that cdm.py or diffusers wrote for this teacher"
-    require(not unknown, f"--student {folder} has layers such as {unknown[:1]}: {advice}.")
+    net.load_lora_adapter(folder, use_safetensors=True)
+    found = sum("lora_" in name for name, _ in net.named_parameters())
+    with safe_open(Path(folder, LORA_FILE), "pt") as file:
+        fits = found == len(file.keys()) > 0
+    require(fits, f"the LoRA in {folder} does not fit this teacher: give one made from it.")
 
 
 class Pipeline:
-    """A frozen diffusers pipeline: conditions, latent shape, time shift, sampling, decoding.
+    """A diffusers pipeline: conditions, latent shape, time shift, sampling, decoding.
 
-    student: for sampling, a folder whose network or LoRA replaces the teacher's.
+    A family has pipeline_class, transformer_class, left_out(args), sizes(), tokens(),
+    embed(prompts), velocity(net, x_t, t, cond) and call_option(); SD3 documents them.
+
+    name, folder: the teacher's hub id or path, and where its files are; student: for sampling, a
+    folder whose network or LoRA replaces the teacher's.
     """
 
-    def __init__(self, name, args, device, student=None):
-        import diffusers
-        import transformers
+    lora_targets = (  # the authors': attention and feed-forward, of image and text
+        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
+        "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
+        "ff_context.net.2 "
+        "attn2.to_q attn2.to_k attn2.to_v attn2.to_out.0"  # SD3.5's second attention
+    ).split()
 
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+    def __init__(self, name, folder, args, device, student=None):
+        import diffusers
+
         self.name = name
         self.device = device
         self.offload = args.offload_text_encoders
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        # Full fine-tuning starts from float32 weights. LoRA and sampling do not need them.
-        net_dtype = self.dtype if student or args.lora_rank else torch.float32
-        is_lora = student and Path(student, "pytorch_lora_weights.safetensors").exists()
-        folder, subfolder = name, "transformer"
+        use_bf16 = device.type == "cuda" or args.weights == "bfloat16"
+        self.dtype = torch.bfloat16 if use_bf16 else torch.float32
+        net_dtype = self.dtype
+        if not student and not args.lora_rank:
+            net_dtype = getattr(torch, args.weights)  # full fine-tuning trains these weights
+        files = [file.name for file in Path(folder, "transformer").glob("*.safetensors")]
+        variant = "fp16" if files and all(".fp16" in file for file in files) else None
+        net_class = getattr(diffusers, self.transformer_class)
+        is_lora = student and Path(student, LORA_FILE).exists()
         if student and not is_lora:
-            folder, subfolder = student, None
-        try:
-            net = getattr(diffusers, self.transformer_class).from_pretrained(
-                folder, subfolder=subfolder, dtype=net_dtype
+            net = net_class.from_pretrained(student, dtype=net_dtype)
+        else:
+            net = net_class.from_pretrained(
+                folder, subfolder="transformer", dtype=net_dtype, variant=variant
             )
-            self.pipe = getattr(diffusers, self.pipeline_class).from_pretrained(
-                name, transformer=net.to(device), dtype=self.dtype, **self.left_out(args)
-            )
-            if is_lora:
-                check_lora(student, net)
-                self.pipe.load_lora_weights(student)
-        except Mistake:
-            raise
-        except Exception as error:
-            raise Mistake(f"{folder} cannot be loaded as {self.title}: {one_line(error)}") from None
+        if is_lora:
+            add_lora(net, student)
+        given = self.left_out(args) | {"transformer": net}
+        self.pipe = getattr(diffusers, self.pipeline_class).from_pretrained(
+            folder, dtype=self.dtype, variant=variant, **given
+        )
 
         self.transformer = net
-        parts = self.pipe.components.items()
-        self.encoders = [part for key, part in parts if part and key.startswith("text_encoder")]
+        self.encoders = []
+        for name, part in self.pipe.components.items():
+            if part and name.startswith("text_encoder"):
+                self.encoders.append(part)
         for module in [*self.encoders, self.pipe.vae, net]:
             module.requires_grad_(False).eval().to(device)
         self.resolution, self.shape = self.geometry(args.resolution)
@@ -617,28 +633,19 @@ class Pipeline:
         self.shift, self.mu = self.time_shift()
         self.empty = self.encode([""])
 
-    def identity(self):
-        """The teacher's hub id, or its folder wherever it is seen from."""
-        return os.path.realpath(self.name) if os.path.isdir(self.name) else self.name
-
     def geometry(self, resolution):
         """Pixels a side, the teacher's own unless given, and the latents' shape (C, h, w)."""
-        config = self.transformer.config
-        scale = self.pipe.vae_scale_factor
-        known = resolution or config.sample_size
-        require(known, f"{self.name} does not say its size: give --resolution.")
-        resolution = resolution or config.sample_size * scale
-        patch = config.patch_size * scale
-        largest = config.pos_embed_max_size * patch
-        require(
-            resolution % patch == 0 and resolution <= largest,
-            f"--resolution {resolution} does not fit {self.name}: "
-            f"give a multiple of {patch} up to {largest}.",
-        )
-        return resolution, (config.in_channels, resolution // scale, resolution // scale)
+        own, multiple, largest = self.sizes()
+        resolution = resolution or own
+        require(resolution, f"{self.name} does not say its size: give --resolution.")
+        fits = resolution % multiple == 0 and resolution <= largest
+        advice = f"give a multiple of {multiple} up to {largest}"
+        require(fits, f"--resolution {resolution} does not fit {self.name}: {advice}.")
+        side = resolution // self.pipe.vae_scale_factor
+        return resolution, (self.pipe.vae.config.latent_channels, side, side)
 
     def time_shift(self):
-        """The shift of the teacher's scheduler, and the mu that a dynamic shift needs, or None.
+        """The shift of the teacher's scheduler, and the mu of a dynamic shift, or None.
 
         Raises Mistake if the scheduler does anything else to the times than shift_times does.
         """
@@ -647,19 +654,17 @@ class Pipeline:
         shift = config.get("shift", 1.0)
         mu = None
         if config.get("use_dynamic_shifting"):  # mu is linear in the number of image tokens
-            tokens = self.shape[1] * self.shape[2] / self.transformer.config.patch_size**2
             slope = config.max_shift - config.base_shift
             slope /= config.max_image_seq_len - config.base_image_seq_len
-            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+            patches = self.shape[1] * self.shape[2] / 4  # of 2 x 2 latents each
+            mu = config.base_shift + slope * (patches - config.base_image_seq_len)
             shift = math.exp(mu)
-        try:
+        agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+        if agrees:
             scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
             agrees = torch.allclose(scheduler.sigmas[:4].cpu(), uniform_times(4, shift), atol=1e-5)
-        except Exception:
-            agrees = False
-        name = type(scheduler).__name__
         advice = "give the teacher a plain FlowMatchEulerDiscreteScheduler"
-        require(agrees, f"the {name} of {self.name} does more than shift the times: {advice}.")
+        require(agrees, f"the scheduler of {self.name} does more than shift the times: {advice}.")
         return shift, mu
 
     def teacher_times(self, steps):
@@ -678,6 +683,17 @@ class Pipeline:
                 encoder.to("cpu")
         return cond
 
+    def say_what_is_cut(self, prompts):
+        """Print how many prompts are longer than a text encoder reads."""
+        for key, tokenizer in self.pipe.components.items():
+            encoder = self.pipe.components.get(key.replace("tokenizer", "text_encoder"))
+            if tokenizer and encoder and key.startswith("tokenizer"):
+                limit = min(tokenizer.model_max_length, self.tokens())
+                lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
+                count = sum(n > limit for n in lengths)
+                if count:
+                    print(f"cdm.py: {key} cuts {count} of {len(prompts)} prompts at {limit} tokens")
+
     def uncond(self, n):
         """The empty prompt's cond for n samples."""
         return tuple(c.expand(n, *c.shape[1:]) for c in self.empty)
@@ -693,7 +709,7 @@ class Pipeline:
 
     @torch.no_grad()
     def images(self, model, noise, times, prompts):
-        """A PIL image for each prompt, drawn one at a time to save memory. noise: (1, C, h, w)s."""
+        """A PIL image for each prompt, drawn one by one. noise: a list of (1, C, h, w)."""
         vae = self.pipe.vae
         cond = self.encode(prompts)
         images = []
@@ -704,69 +720,22 @@ class Pipeline:
             images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
         return images
 
-
-class SD3(Pipeline):
-    """Stable Diffusion 3. cond: text (B, tokens, width) and pooled (B, width) embeddings."""
-
-    title = "an SD3 model"
-    # The authors' LoRA targets: attention and feed-forward, of the image and of the text stream.
-    lora_targets = (
-        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
-        "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
-        "ff_context.net.2 "
-        "attn2.to_q attn2.to_k attn2.to_v attn2.to_out.0"  # SD3.5's second attention
-    ).split()
-    pipeline_class = "StableDiffusion3Pipeline"
-    transformer_class = "SD3Transformer2DModel"
-
-    def left_out(self, args):
-        """Parts of the pipeline not to load. T5's tokenizer stays: it knows the prompts' length."""
-        if args.no_t5:
-            return {"text_encoder_3": None}
-        return {}
-
-    def tokens(self):
-        """T5's sequence length."""
-        return min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
-
-    def embed(self, prompts):
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            prompts,
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.tokens(),
-        )
-        return text, pooled
-
-    def velocity(self, net, x_t, t, cond):
-        text, pooled = cond
-        return net(
-            hidden_states=x_t,
-            timestep=self.timesteps * t,
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-
     def card(self, folder, prompt, updates, args):
-        """The README of an exported student."""
-        parts = "".join(f"{name}=None, " for name in self.left_out(args))
-        load = f'pipe.load_lora_weights("{folder}")'
+        """The README of an exported student: what it is, and the code that draws with it."""
+        parts = self.left_out(args)
+        load = f'pipe.transformer.load_lora_adapter("{folder}", use_safetensors=True)'
         if not args.lora_rank:
-            parts = "transformer=None, " + parts
-            network = f'{self.transformer_class}.from_pretrained("{folder}", dtype=torch.bfloat16)'
-            load = f"pipe.transformer = {network}"
-        side = self.resolution
+            parts["transformer"] = None
+            network = f'diffusers.{self.transformer_class}.from_pretrained("{folder}"'
+            load = f"pipe.transformer = {network}, dtype=torch.bfloat16)"
         return CARD.format(
             teacher=self.name,
             updates=updates,
-            classes=f"{self.transformer_class}, {self.pipeline_class}",
-            pipeline=f'{self.pipeline_class}.from_pretrained("{self.name}", {parts}',
+            pipeline=self.pipeline_class,
+            parts="".join(f"{part}=None, " for part in parts),
             load=load,
             prompt=repr(prompt),
-            options=f"height={side}, width={side}, max_sequence_length={self.tokens()}",
+            options=f"height={self.resolution}, width={self.resolution}, {self.call_option()}",
         )
 
 
@@ -774,19 +743,16 @@ CARD = """---
 base_model: {teacher}
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [distillation, cdm]
 ---
 
 # A 4-step student of {teacher}
 
-Distilled with CDM, Continuous-Time Distribution Matching (arXiv:2605.06376).
-It is the EMA after {updates} updates.
+The EMA after {updates} updates of CDM, Continuous-Time Distribution Matching (arXiv:2605.06376).
 
 ```python
-import torch
-from diffusers import {classes}
+import diffusers, torch
 
-pipe = {pipeline}dtype=torch.bfloat16)
+pipe = diffusers.{pipeline}.from_pretrained("{teacher}", {parts}dtype=torch.bfloat16)
 {load}
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 image = pipe(
@@ -800,48 +766,143 @@ image.save("image.png")
 ```
 """
 
-FAMILIES = {"StableDiffusion3Pipeline": SD3}
+
+class SD3(Pipeline):
+    """Stable Diffusion 3. cond: text (B, tokens, width) and pooled (B, width) embeddings."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    transformer_class = "SD3Transformer2DModel"
+
+    @staticmethod
+    def left_out(args):
+        """Parts not to load, as {name: None}. T5's tokenizer stays: it says the prompts' length."""
+        return {"text_encoder_3": None} if args.no_t5 else {}
+
+    def sizes(self):
+        """The teacher's own resolution (0: unknown), what must divide one, the largest."""
+        config = self.transformer.config
+        scale = self.pipe.vae_scale_factor
+        multiple = config.patch_size * scale
+        return (config.sample_size or 0) * scale, multiple, config.pos_embed_max_size * multiple
+
+    def tokens(self):
+        """The longest text sequence: T5's. CLIP's is shorter."""
+        return min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
+
+    def embed(self, prompts):
+        """Prompts -> cond. The anchor's time, if there is one, is added to its last part."""
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.tokens(),
+        )
+        return text, pooled
+
+    def velocity(self, net, x_t, t, cond):
+        """Call the transformer: (B, C, h, w), t (B,) in [0, 1] -> (B, C, h, w)."""
+        text, pooled = cond
+        return net(
+            hidden_states=x_t,
+            timestep=self.timesteps * t,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+    def call_option(self):
+        """What the pipeline's call needs besides, for the exported student's README."""
+        return f"max_sequence_length={self.tokens()}"
 
 
-def find_teacher(name):
-    """A hub id or a folder -> (its name, its family's class). Raises Mistake if it is neither."""
-    from huggingface_hub import hf_hub_download
+class LongCatImage(Pipeline):
+    """LongCat-Image. cond: text embeddings (B, 512, width) alone."""
 
+    pipeline_class = "LongCatImagePipeline"
+    transformer_class = "LongCatImageTransformer2DModel"
+
+    @staticmethod
+    def left_out(args):
+        require(not args.no_t5, "--no-t5: LongCat-Image has no T5, leave the flag out.")
+        return {"text_processor": None}  # it rewrites prompts
+
+    def sizes(self):
+        scale = self.pipe.vae_scale_factor
+        return self.pipe.default_sample_size * scale, 2 * scale, 4096
+
+    def teacher_times(self, steps):
+        return uniform_times(steps, self.shift)  # its pipeline gives its scheduler all sigmas
+
+    def tokens(self):
+        return self.pipe.tokenizer_max_length
+
+    def embed(self, prompts):
+        text, self.text_ids = self.pipe.encode_prompt(prompts)  # the ids are always the same
+        return (text,)
+
+    def velocity(self, net, x_t, t, cond):
+        (text,) = cond
+        tokens = F.pixel_unshuffle(x_t, 2)  # (B, 4 C, h / 2, w / 2)
+        place = text.shape[1] + torch.arange(tokens.shape[-1], device=x_t.device)  # after the text
+        v = net(
+            hidden_states=tokens.flatten(2).mT,
+            timestep=t,  # the network multiplies by 1000
+            encoder_hidden_states=text,
+            txt_ids=self.text_ids,  # (512, 3): 0, i, i
+            img_ids=torch.cartesian_prod(torch.ones_like(place[:1]), place, place),
+            return_dict=False,
+        )[0]
+        return F.pixel_shuffle(v.mT.reshape(tokens.shape), 2)
+
+    def call_option(self):
+        return "enable_prompt_rewrite=False"
+
+
+FAMILIES = {"StableDiffusion3Pipeline": SD3, "LongCatImagePipeline": LongCatImage}
+
+
+def load_family(args, device, student=None):
+    """--teacher, a hub id or a folder, as its family. Every failure becomes one sentence."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    name = args.teacher
     if name == "stabilityai/stable-diffusion-3-medium":
         name += "-diffusers"  # the first holds single-file checkpoints only
-    index = Path(name, "model_index.json")
-    if not os.path.isdir(name):
-        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
-        require(hub_id, f"--teacher {name} is neither a folder nor a hub id: check it.")
-        reasons = {
-            "GatedRepoError": "is gated",
-            "RepositoryNotFoundError": "is unknown, or private",
-            "RemoteEntryNotFoundError": "is not in diffusers layout: it has no model_index.json",
-        }
-        try:
-            index = hf_hub_download(name, "model_index.json")
-        except Exception as error:
-            unreachable = "is no folder here and cannot be reached on the hub or in its cache"
-            reason = reasons.get(type(error).__name__, unreachable)
-            raise Mistake(
-                f"--teacher {name} {reason}: check it, accept its licence at "
-                f"https://huggingface.co/{name} and log in with `hf auth login`, "
-                "or give a pipeline folder."
-            ) from None
-    try:
-        kind = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = None
+    is_folder = os.path.isdir(name)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
+    require(is_folder or is_hub_id, f"--teacher {name} is neither a folder nor a hub id: check it.")
     families = " or a ".join(FAMILIES)
-    require(
-        kind in FAMILIES,
-        f"--teacher {name} is no SD3 pipeline: model_index.json names {kind}: give a {families}.",
-    )
-    return name, FAMILIES[kind]
+    try:
+        index = Path(name, "model_index.json")
+        if is_hub_id:
+            index = Path(huggingface_hub.hf_hub_download(name, index.name))
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        require(kind in FAMILIES, f"--teacher {name} is a {kind}: give a {families}.")
+        family = FAMILIES[kind]
+        folder = name
+        if is_hub_id:  # from the cache alone if the hub cannot be reached
+            folder = diffusers.DiffusionPipeline.download(name, **family.left_out(args))
+        return family(name, folder, args, device, student)
+    except Mistake:
+        raise
+    except Exception as error:
+        advice = ""
+        if is_hub_id:
+            page = f"https://huggingface.co/{name}"
+            advice = f": check it, accept its licence at {page} and log in with `hf auth login`"
+        reason = f"cannot be loaded as a {families}: {one_line(error)}{advice}."
+        raise Mistake(f"--teacher {name} {reason}") from None
 
 
 # ==================================================================================================
 # 3. Running: the command line, prompts, checkpoints, the loop, the exported student.
+# ==================================================================================================
 
 
 @dataclass
@@ -849,7 +910,7 @@ class Job:
     """the run"""
 
     teacher: str = "stabilityai/stable-diffusion-3-medium"  # hub id or pipeline folder
-    prompts: str = ""  # UTF-8 text file, one prompt a line; none: built-in prompts
+    prompts: str = ""  # UTF-8 text file, one prompt a line; none: assets/prompts.txt
     output_dir: str = ""  # none: runs/cdm, or runs/images with --generate
     iterations: int = 4000  # outer iterations, that is, fake-score updates
     batch_size: int = 0  # samples per update over all GPUs; 0: 16 on each
@@ -857,7 +918,9 @@ class Job:
     seed: int = 0  # seed of the run, or of --generate
     resume: bool = False  # continue the run in --output-dir
     lora_rank: int = 0  # 0: full fine-tuning; the authors' LoRA has rank 64
+    weights: Literal["float32", "bfloat16"] = "float32"  # of student, fake score, AdamW and EMA
     save_every: int = 500  # iterations between checkpoints, of which the newest two are kept
+    export_every: int = 0  # iterations between students that are kept; 0: the last one only
     sample_every: int = 500  # iterations between sample grids; 0: none
     sample_count: int = 8  # images in a row of the sample grid
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
@@ -870,18 +933,18 @@ class Memory:
     micro_batch_size: int = 0  # samples per forward pass; 0: up to 4 on a GPU, else all
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     offload_text_encoders: bool = False  # keep text encoders on the CPU between uses
-    no_t5: bool = False  # leave out T5, 9.5 GB in bf16; then --generate without it too
-    compile: bool = False  # torch.compile the transformer's repeated block
+    no_t5: bool = False  # leave out T5, 9.5 GB in bf16; give the flag with --generate, too
+    compile: bool = False  # torch.compile the transformer's repeated blocks
 
 
 @dataclass
 class Sampling:
     """sampling"""
 
+    sample_steps: list[int] = field(default_factory=lambda: [4])  # of the grid, and of --generate
     generate: list[str] = field(default_factory=list)  # draw these prompts instead of training
-    student: str = ""  # with --generate: a run's folder, or its student/
-    sample_steps: int = 4  # with --generate: steps on the grid 1, 1 - 1/steps, ..., shifted
-    times: str = ""  # with --generate: times instead of steps, such as 1,0.9,0.75,0.5
+    student: str = ""  # with --generate: a run's folder, or a student's
+    times: list[float] = field(default_factory=list)  # with --generate: such as 1 0.9 0.75 0.5
 
 
 @dataclass
@@ -891,11 +954,9 @@ class Settings(Sampling, Memory, Job, CDM):
 
 def parse_args(argv=None):
     """Settings from the command line: a flag for each field, with its comment as help."""
-    about, examples = __doc__.split("\n\n")[1:3]
     parser = argparse.ArgumentParser(
         usage="python cdm.py [--flag value ...]",
-        description=f"{about}\n\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n\n")[1],
         allow_abbrev=False,
     )
 
@@ -910,37 +971,32 @@ def parse_args(argv=None):
         for name, kind in group.__annotations__.items():
             default = getattr(defaults, name)
             options = {"default": default, "help": comments[name]}
-            if default and kind is not bool:
+            if default:
                 options["help"] += f" (default: {default})"
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction if default else "store_true"
-            elif kind in (int, float, str):
-                options["type"] = kind
-            elif name == "generate":
-                options.update(nargs="+", metavar="PROMPT")
-            else:
+            elif get_origin(kind) is list:
+                options |= {"type": get_args(kind)[0], "nargs": "+"}
+            elif get_origin(kind) is Literal:
                 options["choices"] = get_args(kind)
+            else:
+                options["type"] = kind
             section.add_argument("--" + name.replace("_", "-"), **options)
     args = Settings(**vars(parser.parse_args(argv)))
     args.output_dir = args.output_dir or ("runs/images" if args.generate else "runs/cdm")
+    args.prompts = args.prompts or Path(__file__).parent / "assets" / "prompts.txt"
     for name in ("teacher", "prompts", "output_dir", "student"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     check(args)
     return args
 
 
-AT_LEAST_1 = (
-    "iterations save_every sample_count sample_steps student_every max_schedule_steps".split()
-)
-
-
 def check(args):
     """Raise Mistake for settings that cannot work."""
+    at_least_1 = "iterations save_every sample_count student_every max_schedule_steps".split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = 0
-            if name in AT_LEAST_1:
-                low = 1
+            low = 1 if name in at_least_1 else 0
             flag = "--" + name.replace("_", "-")
             require(low <= value < math.inf, f"{flag} is {value}: give {low} or more.")
     weights = args.ca_weight + args.dm_weight + args.cdm_weight
@@ -949,42 +1005,20 @@ def check(args):
     require(max(args.ema_decay, args.fake_pull) <= 1, "--ema-decay and --fake-pull are at most 1.")
     require(0 < args.time_low < args.time_high < 1, "0 < --time-low < --time-high < 1 must hold.")
     require(0 < args.tau_min < args.tau_max < 1, "0 < --tau-min < --tau-max < 1 must hold.")
-    require(args.sample_steps <= 50, f"--sample-steps is {args.sample_steps}: give 1 to 50.")
-    only = args.generate or not (args.student or args.times)
-    require(only, "--student and --times go with --generate PROMPT.")
-    cuda = args.device != "cuda" or torch.cuda.is_available()
-    require(cuda, "there is no CUDA device: use --device cpu.")
+    steps = args.sample_steps
+    require(1 <= min(steps) <= max(steps) <= 50, f"--sample-steps {steps}: give 1 to 50.")
+    falling = all(t > s > 0 for t, s in itertools.pairwise(args.times))
+    if args.times:
+        require(args.times[0] == 1 and falling, "--times must start at 1, fall, and stay above 0.")
+    if args.student or args.times:
+        require(args.generate, "--student and --times go with --generate PROMPT.")
+    if args.device == "cuda":
+        require(torch.cuda.is_available(), "there is no CUDA device: use --device cpu.")
 
 
-def parse_times(text):
-    """The times of --times, (N,)."""
-    try:
-        times = [float(t) for t in text.split(",")]
-    except ValueError:
-        times = []
-    falling = times[:1] == [1] and all(t > s > 0 for t, s in itertools.pairwise(times))
-    example = "times that fall from 1 and stay above 0, such as 1,0.9,0.75,0.5"
-    require(falling, f"--times {text}: give {example}.")
-    return torch.tensor(times)
-
-
-def read_prompts(path=""):
-    """The lines of a UTF-8 file without blanks and duplicates; without a file, built-in prompts."""
-    if not path:
-        media = "photograph, oil painting, watercolor, pencil drawing, 3D render, woodcut"
-        things = "red fox, fisherman, glass teapot, barn owl, bowl of ramen, robot, dancer, lute"
-        places = (
-            "in a forest, in a greenhouse, on a coast, in a city, by a lake, in a cave, on a ridge"
-        )
-        lights = "soft morning light, golden hour, side light, neon, daylight, candlelight"
-        words = itertools.product(*(x.split(", ") for x in (media, things, places, lights)))
-        prompts = [
-            f"a {medium} of a {thing} {place}, {light}" for medium, thing, place, light in words
-        ]
-        order = torch.randperm(len(prompts), generator=generator("prompts"))
-        return [prompts[i] for i in order]
-    kind = Path(path).suffix
-    require(kind in ("", ".txt"), f"--prompts {path} is a {kind} file: give plain text, .txt.")
+def read_prompts(path):
+    """The lines of a UTF-8 file that are not blank, without duplicates."""
+    require(Path(path).suffix in ("", ".txt"), f"--prompts {path}: give plain text, a .txt file.")
     try:
         text = Path(path).read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
     except (OSError, UnicodeDecodeError) as error:
@@ -998,8 +1032,13 @@ def read_prompts(path=""):
     return prompts
 
 
-def shard(net, device):
-    """FSDP2: shard a network over all ranks, block by block, with bf16 compute on GPUs."""
+def blocks(net):
+    """A transformer's repeated blocks."""
+    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", [])]
+
+
+def shard(net, parts, device):
+    """FSDP2: shard a network and its parts over all ranks, with bf16 compute on GPUs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -1007,7 +1046,7 @@ def shard(net, device):
     compute = torch.bfloat16 if device.type == "cuda" else None
     # Inputs are not cast: a bf16 timestep near 1000 would be off by up to 2.
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    for part in [*getattr(net, "transformer_blocks", []), net]:
+    for part in [*parts, net]:
         # The root reshards too, because swap_ema edits the shards in place.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
@@ -1034,23 +1073,6 @@ def trained_parameters(role):
     return {name.replace(key, "."): p for name, p in params.items() if key in name}
 
 
-@contextlib.contextmanager
-def replacing(path, run):
-    """A folder that appears at `path` whole or not at all: filled under another name, renamed."""
-    tmp = path.with_suffix(".tmp")
-    if run.rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)  # left by a save that was killed
-    run.wait()
-    tmp.mkdir(parents=True, exist_ok=True)
-    yield tmp
-    run.wait()
-    if run.rank == 0:
-        for file in tmp.rglob("*.safetensors"):
-            file.chmod(0o644)  # safetensors lets nobody else read its files
-        shutil.rmtree(path, ignore_errors=True)
-        tmp.rename(path)
-
-
 def draw_grid(rows, path):
     """Write one PNG from rows of (label, PIL images), small images enlarged."""
     from PIL import Image, ImageDraw
@@ -1069,10 +1091,10 @@ def draw_grid(rows, path):
 class Run:
     """One training run: the three roles, the EMA, the prompts, and the files in --output-dir.
 
-    A resumed run is the run that never stopped: save() writes every tensor that training changes,
-    and all else is a function of the settings and of k, the iterations done, because every random
-    draw is seeded with (seed, k). identity() holds what must agree. On a CPU with the same number
-    of threads the result is the same bit for bit. GPUs and other numbers of processes sum in
+    A resumed run is exactly the run that never stopped: save() writes every tensor that training
+    changes, and all else is a function of the settings and of k, the iterations done, because every
+    random draw is seeded with (seed, k). identity() holds what must agree. On a CPU with the same
+    number of threads the result is the same bit for bit. GPUs and other numbers of processes sum in
     another order, and agree to rounding.
     """
 
@@ -1092,9 +1114,8 @@ class Run:
         require(self.log_file.exists() or not args.resume, f"--resume: no run is in {self.folder}.")
         args.batch_size = args.batch_size or 16 * world
         least = world * (args.micro_batch_size or 1)
-        fits = args.batch_size % least == 0
         rule = f"must be a multiple of {least}: processes times --micro-batch-size"
-        require(fits, f"--batch-size {args.batch_size} {rule}.")
+        require(args.batch_size % least == 0, f"--batch-size {args.batch_size} {rule}.")
         self.batch = args.batch_size // world
         if not args.micro_batch_size:
             args.micro_batch_size = self.batch
@@ -1104,8 +1125,7 @@ class Run:
         if args.compile:
             check_compiler(device)
         self.prompts = read_prompts(args.prompts)
-        name, family = find_teacher(args.teacher)
-        self.family = family(name, args, device)
+        self.family = load_family(args, device)
         if args.lora_rank:
             self.build(*self.lora_networks())
         else:
@@ -1114,11 +1134,69 @@ class Run:
         if args.resume:
             self.resume()
 
+    def full_networks(self):
+        """Full fine-tuning: three networks."""
+        student = self.family.transformer
+        fake_score = copy.deepcopy(student)
+        teacher = copy.deepcopy(student).to(self.family.dtype)
+        # Buffers, such as position embeddings, keep the student's precision: both start alike.
+        for name, buffer in student.named_buffers():
+            teacher.get_buffer(name).data = buffer.clone()
+        student.requires_grad_(True)
+        fake_score.requires_grad_(True)
+        return {"teacher": teacher, "student": student, "fake_score": fake_score}, {}
+
+    def lora_networks(self):
+        """LoRA: one frozen network with two adapters. With both off it is the teacher; see Role."""
+        from peft import LoraConfig
+
+        net = self.family.transformer
+        rank = self.args.lora_rank
+        torch.manual_seed(self.args.seed)  # peft draws from the global generator
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
+        net.add_adapter(config, "student")
+        net.add_adapter(config, "fake_score")
+        for name, p in net.named_parameters():
+            if "lora_" in name:
+                p.data = p.data.float()
+        adapters = {"teacher": "", "student": "student", "fake_score": "fake_score"}
+        return dict.fromkeys(adapters, net), adapters
+
+    def build(self, nets, adapters):
+        """The three roles as models, Learners of two of them, and the student's EMA."""
+        args = self.args
+        self.family.pipe.transformer = nets["teacher"]  # diffusers' pipeline stays the teacher's
+        for net in set(nets.values()):
+            if args.compile:
+                torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
+                for block in blocks(net):
+                    block.compile()
+            if self.world > 1:
+                shard(net, blocks(net), self.device)
+        if args.gradient_checkpointing:
+            nets["student"].enable_gradient_checkpointing()
+            nets["fake_score"].enable_gradient_checkpointing()
+
+        self.teacher = Role(nets["teacher"], self.family, adapters.get("teacher"))
+        student = Role(nets["student"], self.family, adapters.get("student"))
+        fake = Role(nets["fake_score"], self.family, adapters.get("fake_score"))
+        groups = [(trained_parameters(fake), args.fake_lr)]
+        if args.anchor_aware_fake:
+            fake.anchor_time = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
+            if self.world > 1:
+                shard(fake.anchor_time, [], self.device)
+            layer = fake.anchor_time.named_parameters()
+            groups.append(({f"anchor_time.{name}": p for name, p in layer}, args.anchor_lr))
+        self.fake_score = Learner(fake, groups, args)
+        self.student = Learner(student, [(trained_parameters(student), args.student_lr)], args)
+        self.ema = {name: p.detach().clone() for name, p in self.student.params.items()}
+
     @torch.no_grad()
     def rehearse(self):
         """Try now what the run needs later: encode, sample, decode. Raises Mistake if it fails."""
         family = self.family
-        prompts = ["a red fox", "a blue cat"]  # as many words: unknown words differ in number alone
+        # Equal numbers of words: without a vocabulary, prompts would differ in length alone.
+        prompts = ["a red fox", "a blue cat"]
         outputs = []
 
         def remember(encoder, inputs, output):
@@ -1135,76 +1213,10 @@ class Run:
         noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
         times = uniform_times(2, family.shift)
         x0 = sample(self.teacher, noise.to(self.device), times, take(cond, slice(1)))
-        require(
-            x0.isfinite().all(),
-            f"{family.name} gives samples that are not finite: check the teacher's weights.",
-        )
+        advice = "check the teacher's weights"
+        require(x0.isfinite().all(), f"samples of {family.name} are not finite: {advice}.")
         if self.args.sample_every:
             family.images(self.teacher, [noise], times[:1], prompts[:1])
-
-    def wait(self):
-        """Wait for the other ranks."""
-        if self.world > 1:
-            torch.distributed.barrier()
-
-    def full_networks(self):
-        """Full fine-tuning: three networks."""
-        student = self.family.transformer
-        fake_score = copy.deepcopy(student)
-        teacher = copy.deepcopy(student).to(self.family.dtype)
-        # Buffers, such as position embeddings, keep the student's precision: both start alike.
-        for name, buffer in student.named_buffers():
-            teacher.get_buffer(name).data = buffer.clone()
-        student.requires_grad_(True)
-        fake_score.requires_grad_(True)
-        return {"teacher": teacher, "student": student, "fake_score": fake_score}, {}
-
-    def lora_networks(self):
-        """LoRA: one frozen network with two adapters. With both switched off it is the teacher."""
-        from peft import LoraConfig
-
-        net = self.family.transformer
-        rank = self.args.lora_rank
-        torch.manual_seed(self.args.seed)  # the one draw from the global generator
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
-        net.add_adapter(config, "student")
-        net.add_adapter(config, "fake_score")
-        for name, p in net.named_parameters():
-            if "lora_" in name:
-                p.data = p.data.float()
-        adapters = {"teacher": "", "student": "student", "fake_score": "fake_score"}
-        return dict.fromkeys(adapters, net), adapters
-
-    def build(self, nets, adapters):
-        """The three roles as models, Learners of two of them, and the student's EMA."""
-        args = self.args
-        self.family.pipe.transformer = nets["teacher"]
-        modules = set(nets.values())
-        anchor_time = None
-        if args.anchor_aware_fake:
-            anchor_time = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
-            modules.add(anchor_time)
-        for net in modules:
-            if args.compile and net is not anchor_time:
-                torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
-                for block in net.transformer_blocks:
-                    block.compile()
-            if self.world > 1:
-                shard(net, self.device)
-        if args.gradient_checkpointing:
-            nets["student"].enable_gradient_checkpointing()
-            nets["fake_score"].enable_gradient_checkpointing()
-
-        self.teacher = Role(nets["teacher"], self.family, adapters.get("teacher"))
-        student = Role(nets["student"], self.family, adapters.get("student"))
-        fake = Role(nets["fake_score"], self.family, adapters.get("fake_score"), anchor_time)
-        groups = [(trained_parameters(fake), args.fake_lr)]
-        if anchor_time:
-            extra = {f"anchor_time.{name}": p for name, p in anchor_time.named_parameters()}
-            groups.append((extra, args.anchor_lr))
-        self.fake_score = Learner(fake, groups, args)
-        self.student = Learner(student, [(trained_parameters(student), args.student_lr)], args)
-        self.ema = {name: p.detach().clone() for name, p in self.student.params.items()}
 
     def micro_batches(self, k):
         """Iteration k's (cond, uncond, Draw) for this rank, in micro-batches."""
@@ -1228,8 +1240,12 @@ class Run:
         from tqdm import tqdm
 
         args = self.args
+        family = self.family
         if self.rank == 0:
             self.start_log()
+            print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g},")
+            print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
+            family.say_what_is_cut(self.prompts)
         ks = range(self.k + 1, args.iterations + 1)
         bar = tqdm(ks, initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:
@@ -1241,26 +1257,25 @@ class Run:
             values, stop = self.average(stats)
             self.k = k
             if k % args.student_every == 0 and self.rank == 0:
-                losses = {
-                    n.removeprefix("loss_"): f"{x:.3g}" for n, x in values.items() if "loss" in n
-                }
-                bar.set_postfix(losses)
+                bar.set_postfix({n: f"{x:.3g}" for n, x in values.items() if "loss" in n})
                 values |= {"N": len(batches[0][2].schedule), "seconds": time.perf_counter() - begun}
-                if self.device.type == "cuda":
-                    values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                with open(self.log_file, "a") as f:
-                    f.write(json.dumps({"iteration": k} | values) + "\n")
+                with open(self.log_file, "a") as file:
+                    file.write(json.dumps({"iteration": k} | values) + "\n")
             last = stop or k == args.iterations
             if last or k % args.save_every == 0:
                 self.save()  # before the samples: after a signal there may be little time
             if args.sample_every and (last or k % args.sample_every == 0):
                 self.draw_samples()
+            if args.export_every and k % args.export_every == 0:
+                self.export(self.folder / "students" / f"step_{k:06d}")
             if stop:
                 break
-        self.export()
+        self.export(self.folder / "student")
+        if self.rank == 0:
+            self.say_what_to_do_next()
 
     def start_log(self):
-        """A log without the iterations that will come again, and a first line on the terminal."""
+        """Drop damaged lines of the log, and iterations that will be repeated."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         self.log_file.touch()
         kept = []
@@ -1271,11 +1286,6 @@ class Run:
             except ValueError:
                 print(f"cdm.py: dropped a damaged line of {self.log_file}")
         self.log_file.write_text("".join(kept))
-        family = self.family
-        source = self.args.prompts or "built-in lists"
-        print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g};")
-        print(f"    {len(self.prompts)} prompts from {source}, {self.args.batch_size} an update,")
-        print(f"    on {self.world} x {self.device.type}")
 
     def average(self, stats):
         """An iteration's values, averaged over ranks, and whether any rank was told to stop."""
@@ -1283,13 +1293,14 @@ class Run:
         values = torch.stack([full(x).float().to(self.device) for x in [*stats.values(), stop]])
         if self.world > 1:
             torch.distributed.all_reduce(values)
-        *numbers, stop = (values / self.world).tolist()  # here alone the loop waits for the GPU
+        *numbers, stop = (values / self.world).tolist()  # the only place where the loop waits
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        advice = "start again with lower learning rates"
-        if self.checkpoints():
-            advice = "the last checkpoint stays: --resume it with lower --student-lr and --fake-lr"
-        require(not bad, f"{bad} not finite at iteration {self.k + 1}; {advice}.")
+        if bad:
+            advice = "start again with lower learning rates"
+            if self.checkpoints():
+                advice = "--resume the last checkpoint with lower --student-lr and --fake-lr"
+            raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
     @torch.no_grad()
@@ -1304,7 +1315,7 @@ class Run:
         """samples/step_NNNNNN.png: the EMA student's images under the teacher's."""
         args = self.args
         family = self.family
-        few = uniform_times(4, family.shift)
+        grids = {n: uniform_times(n, family.shift) for n in args.sample_steps}
         prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
         noise = []
         for i in range(args.sample_count):
@@ -1312,15 +1323,18 @@ class Run:
             noise.append(torch.randn(1, *family.shape, generator=gen))
         if not self.reference:  # drawn once
             scale = 1 + args.alpha if args.ca_weight else 1
-            many = family.teacher_times(28)
-            guided = family.images(family.guided(self.teacher, scale), noise, many, prompts)
-            plain = family.images(self.teacher, noise, few, prompts)
-            self.reference.append((f"teacher, 28 steps, guidance {scale:g}", guided))
-            self.reference.append(("teacher, 4 steps, no guidance", plain))
+            guided = family.guided(self.teacher, scale)
+            images = family.images(guided, noise, family.teacher_times(28), prompts)
+            self.reference.append((f"teacher, 28 steps, guidance {scale:g}", images))
+            for n, times in grids.items():
+                images = family.images(self.teacher, noise, times, prompts)
+                self.reference.append((f"teacher, steps: {n}", images))
+        rows = self.reference[:1]
         self.swap_ema()
-        images = family.images(self.student.role, noise, few, prompts)
+        for teacher_row, (n, times) in zip(self.reference[1:], grids.items(), strict=True):
+            images = family.images(self.student.role, noise, times, prompts)
+            rows += [teacher_row, (f"student, steps: {n}, iteration {self.k}", images)]
         self.swap_ema()
-        rows = [*self.reference, (f"student, 4 steps, iteration {self.k}", images)]
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
 
@@ -1335,16 +1349,17 @@ class Run:
         return files
 
     def identity(self):
-        """What must be the same in a run and its continuation."""
+        """What must be the same in a run and its continuation. Learning rates may change."""
         names = {*CDM.__annotations__, *AnchorAware.__annotations__}
-        names -= {"student_lr", "fake_lr", "anchor_lr"}  # these may change
-        names |= {"batch_size", "micro_batch_size", "seed", "lora_rank", "no_t5"}
+        names -= {"student_lr", "fake_lr", "anchor_lr"}
+        names |= {"batch_size", "micro_batch_size", "seed", "lora_rank", "weights", "no_t5"}
         checksum = zlib.crc32("\n".join(self.prompts).encode())
+        teacher = self.family.name
         return {
             **{name: getattr(self.args, name) for name in sorted(names)},
             "prompts": f"{len(self.prompts)} prompts of checksum {checksum:08x}",
             "resolution": self.family.resolution,
-            "teacher": self.family.identity(),
+            "teacher": os.path.realpath(teacher) if os.path.isdir(teacher) else teacher,
         }
 
     def checkpoints(self):
@@ -1352,12 +1367,33 @@ class Run:
         found = [p for p in self.folder.glob("*") if re.fullmatch(r"checkpoint_\d{6,}", p.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
 
+    @contextlib.contextmanager
+    def replacing(self, path):
+        """A folder that appears at `path` whole or not at all: filled elsewhere, then renamed."""
+        tmp = path.with_suffix(".tmp")
+        if self.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)  # left by a save that was killed
+        self.wait()
+        tmp.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        self.wait()
+        if self.rank == 0:
+            for file in tmp.rglob("*.safetensors"):
+                file.chmod(0o644)  # safetensors lets nobody else read its files
+            shutil.rmtree(path, ignore_errors=True)
+            tmp.rename(path)
+
+    def wait(self):
+        """Wait for the other ranks."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
     def save(self):
         """checkpoint_NNNNNN: torch's distributed checkpoint, each rank its own shards.
 
-        Any number of processes can go on from it. A kill at any moment leaves a whole one.
+        Any number of processes can go on from it. A kill at any moment leaves the last one intact.
         """
-        with replacing(self.folder / f"checkpoint_{self.k:06d}", self) as folder:
+        with self.replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
             for name, tensors in self.state().items():
                 writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
                 dcp.save(tensors, storage_writer=writer)
@@ -1392,7 +1428,7 @@ class Run:
         saved = json.loads((folder / "state.json").read_text())
         settings = self.identity()
         if saved["processes"] != self.world:
-            del settings["micro_batch_size"]  # other numbers of processes have other shares
+            del settings["micro_batch_size"]  # its default depends on the number of processes
         for name, now in settings.items():
             flag = "--" + name.replace("_", "-")
             was = saved["settings"].get(name)
@@ -1402,81 +1438,75 @@ class Run:
         require(enough, f"--resume: the run is at {self.k}: give more --iterations.")
         threads = torch.get_num_threads()
         if saved["threads"] != threads and self.rank == 0:
-            print(
-                f"cdm.py: {threads} threads, {saved['threads']} before: results differ by rounding."
-            )
+            before = saved["threads"]
+            print(f"cdm.py: {threads} threads, {before} before: results differ by rounding.")
         self.fake_score.updates = self.k
         self.student.updates = self.k // self.args.student_every
         for name, tensors in self.state().items():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / name))
 
-    def export(self):
-        """student/: the EMA student as diffusers loads it, and a README that says how."""
+    def export(self, folder):
+        """The EMA student as diffusers loads it, and a README that says how."""
+        from safetensors.torch import save_file
+
         weights = {}
         for name, x in self.ema.items():
             x = full(x)  # all ranks gather, rank 0 keeps
             if self.rank == 0:
                 weights[name] = x.cpu()
-        folder = self.folder / "student"
-        with replacing(folder, self) as tmp:
-            if self.rank == 0:
-                self.write_student(tmp, weights)
-                card = self.family.card(folder, self.prompts[0], self.student.updates, self.args)
-                (tmp / "README.md").write_text(card, encoding="utf-8")
-        if self.rank == 0:
-            self.say_what_to_do_next()
-
-    def write_student(self, folder, weights):
-        """The averaged weights, as a transformer folder or as a LoRA file."""
-        net = self.student.role.transformer
-        if not self.args.lora_rank:
-            model = type(net).from_config(net.config)
-            model.load_state_dict(weights | dict(net.named_buffers()))
-            if model.config.get("sample_size"):
-                model.register_to_config(sample_size=self.family.shape[-1])
-            model.save_pretrained(folder)
-            return
-        # Programs that read the file take alpha = rank, so the factor alpha / rank = 2 goes into B.
-        for name, x in weights.items():
-            weights[name] = 2 * x if "lora_B" in name else x
-        self.family.pipe.save_lora_weights(folder, weights)
+        with self.replacing(folder) as tmp:
+            if self.rank > 0:
+                return
+            if self.args.lora_rank:
+                # The file holds no alpha, so programs assume alpha = rank. Our factor
+                # alpha / rank = 2, see lora_networks, goes into B.
+                layers = {}
+                for name, x in weights.items():
+                    layers[f"transformer.{name}"] = 2 * x if "lora_B" in name else x
+                save_file(layers, tmp / LORA_FILE, metadata={"format": "pt"})
+            else:
+                net = self.student.role.transformer
+                model = type(net).from_config(net.config).to(net.dtype)
+                model.load_state_dict(weights | dict(net.named_buffers()))
+                if model.config.get("sample_size"):
+                    model.register_to_config(sample_size=self.family.shape[-1])
+                model.save_pretrained(tmp)
+            card = self.family.card(folder, self.prompts[0], self.student.updates, self.args)
+            (tmp / "README.md").write_text(card, encoding="utf-8")
 
     def say_what_to_do_next(self):
         """The last lines on the terminal."""
         print(f"cdm.py: {self.folder}/student is the student of iteration {self.k}.")
         if self.args.sample_every:
-            print(f"Look at {self.folder}/samples/step_{self.k:06d}.png. Draw more with")
+            print(f"Look at {self.folder}/samples/step_{self.k:06d}.png.")
         example = f"--student {self.folder} --generate {shlex.quote(self.prompts[0])}"
-        print(f"    python cdm.py --teacher {self.args.teacher} {example}")
+        print(f"Draw with python cdm.py --teacher {self.args.teacher} {example}")
         if self.k < self.args.iterations:
             print("The same command with --resume continues the run.")
 
 
 def generate(args, device):
-    """--generate: write one PNG for each prompt and print its name."""
-    times = parse_times(args.times) if args.times else None
+    """--generate: write one PNG for each prompt and number of steps, and print its name."""
     folder = Path(args.student, "student")
     if not folder.is_dir():
         folder = Path(args.student)
-    require(
-        args.student and folder.is_dir(), f"--student {args.student} is no folder: give a run's."
-    )
-    name, family = find_teacher(args.teacher)
-    family = family(name, args, device, folder)
-    if times is None:
-        times = uniform_times(args.sample_steps, family.shift)
+    exists = args.student and folder.is_dir()
+    require(exists, f"--student {args.student} is no folder: give a run's or a student's.")
+    family = load_family(args, device, folder)
+    grids = {f"steps{n}": uniform_times(n, family.shift) for n in args.sample_steps}
+    if args.times:
+        grids = {"times" + "-".join(f"{t:g}" for t in args.times): torch.tensor(args.times)}
     model = Role(family.transformer, family)
     noise = torch.randn(1, *family.shape, generator=torch.Generator().manual_seed(args.seed))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    for i, prompt in enumerate(args.generate):
+    for (i, prompt), (label, times) in itertools.product(enumerate(args.generate), grids.items()):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:80].decode(errors="ignore")
-        steps = args.times.replace(",", "-") or args.sample_steps
-        path = Path(args.output_dir, f"{i:02d}_{words}_seed{args.seed}_steps{steps}.png")
-        name = path.stem
+        name = f"{i:02d}_{words}_seed{args.seed}_{label}"
+        path = Path(args.output_dir, f"{name}.png")
         for n in itertools.count(2):  # nothing is overwritten
             if not path.exists():
                 break
-            path = path.with_stem(f"{name}_{n}")
+            path = path.with_name(f"{name}_{n}.png")
         family.images(model, [noise], times, [prompt])[0].save(path)
         print(path)
 
@@ -1494,26 +1524,30 @@ def train(args, device, rank, world):
         torch.distributed.init_process_group(backend)
     run = Run(args, device, rank, world)
 
-    def stop(*_):
+    def stop(number, _):
         # Under torchrun a process gets Ctrl-C twice: from the terminal and from the launcher.
         if run.stop and world == 1:
             raise KeyboardInterrupt
+        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         if rank == 0 and not run.stop:
-            print("\ncdm.py: stopping after this iteration; again to stop now.", file=sys.stderr)
+            again = "; again to stop now" if world == 1 else ""
+            print(f"\ncdm.py: stopping after this iteration{again}.", file=sys.stderr)
         run.stop = True
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), stop)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # not on Windows, and not under nohup, which ignores it
+    for number in signals:
+        signal.signal(number, stop)
+    run.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.folder / "lock")
-    if rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise Mistake(f"another process trains in {run.folder}: wait, or stop it.") from None
     try:
+        if rank == 0:
+            lock.acquire(timeout=0)
         run.train()
+    except Timeout:
+        raise Mistake(f"another process trains in {run.folder}: wait, or stop it.") from None
     finally:
         lock.release()
     if world > 1:
@@ -1524,11 +1558,13 @@ def main(argv=None):
     """Run the command line. Returns the exit code: 0, or 2 after one sentence about a mistake."""
     from safetensors import SafetensorError
 
-    # The libraries' notices are about packages that nobody misses here.
+    # Silence notices about optional packages, and about what is meant to be as it is.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.filterwarnings(
-        "ignore", r"Already found a `peft_config`|torch.distributed is|barrier\("
+        "ignore",
+        r"Already found a `peft_config`|torch.distributed is|barrier\(|local_dir_use_symlinks"
+        r"|FSDP2-wrapped module|Mismatch dtype",  # LongCat-Image's blocks and RMS norms
     )
     rank = int(os.environ.get("RANK") or 0)
     world = int(os.environ.get("WORLD_SIZE") or 1)
@@ -1547,7 +1583,7 @@ def main(argv=None):
         sentence = str(mistake)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         if isinstance(error, dcp.CheckpointException):
-            error = next(iter(error.failures.values()))[0]
+            error = next(iter(error.failures.values()))[0]  # the first rank's own exception
         sentence = f"{error}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
         sentence = (
@@ -1555,7 +1591,7 @@ def main(argv=None):
             "--lora-rank 64 or more GPUs; README says what each one saves."
         )
     except KeyboardInterrupt:
-        print("cdm.py: stopped at once; the last checkpoint stays.", file=sys.stderr)
+        print("cdm.py: stopped at once; the last checkpoint is kept.", file=sys.stderr)
         return 130
     if local == 0:  # all ranks make the same mistake, and one on each machine says so
         print(f"cdm.py: {sentence}", file=sys.stderr)

@@ -57,14 +57,13 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(work):
     """Six uninterrupted iterations, with samples. Tests do not change it."""
-    samples = ["--sample-every", 3, "--sample-count", 2]
-    return finished(work / "whole", "--iterations", 6, *samples)
+    return finished(work / "whole", "--sample-every", 3, "--sample-count", 2)
 
 
 @pytest.fixture(scope="session")
 def lora(work):
     """Six uninterrupted iterations of LoRA. Tests do not change it."""
-    return finished(work / "lora", "--iterations", 6, "--lora-rank", 4)
+    return finished(work / "lora", "--lora-rank", 4)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,11 @@ A run is a call of `cdm.main([...])`, which returns the exit code. It is a real 
 process is the point: signals, kill -9, torchrun, a terminal's stderr.
 """
 
+import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,25 +17,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits import PROMPTS
 
 import cdm
 
 ROOT = Path(__file__).parents[1]
-TEACHER = str(ROOT / "tests" / "digits_sd3")
-PROMPT_FILE = str(ROOT / "tests" / "digits_sd3" / "prompts.txt")
+TEACHER = str(ROOT / "tests" / "emoji_sd3")
+PROMPT_FILE = f"{TEACHER}/prompts.txt"
+PROMPTS = Path(PROMPT_FILE).read_text().splitlines()
+SIDE = 32  # pixels of the teacher's pictures
 CPU = torch.device("cpu")
 SMALL = [
     *("--teacher", TEACHER, "--prompts", PROMPT_FILE, "--device", "cpu"),
-    *("--batch-size", "8", "--alpha", "1", "--max-schedule-steps", "4"),
-    *("--iterations", "6", "--save-every", "2", "--sample-every", "0"),
+    *"--batch-size 4 --alpha 1 --max-schedule-steps 4".split(),
+    *"--iterations 6 --save-every 2 --sample-every 0".split(),
 ]
-# Learning rates at which six iterations change pictures that have 256 levels of grey.
-LIVELY = [
-    *SMALL,
-    *("--student-lr", "3e-3", "--fake-lr", "3e-3", "--warmup", "0", "--ema-decay", "0.5"),
-]
+# Learning rates at which six iterations change pictures that have 256 levels of a colour.
+LIVELY = [*SMALL, *"--student-lr 3e-4 --fake-lr 3e-4 --warmup 0 --ema-decay 0.5".split()]
 LORA = {"whole": [], "lora": ["--lora-rank", "4"]}  # what a fixture's name adds to LIVELY
+NEVER = 100_000  # iterations, for a run that only a signal ends
+ONE_SAVE = ["--save-every", NEVER]  # at the end
 
 
 # --- Running. ---
@@ -44,7 +46,8 @@ def cdm_main(*flags):
 
     main() sets signal handlers. They are put back.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         return cdm.main([str(flag) for flag in flags])
     finally:
@@ -58,6 +61,15 @@ def finished(folder, *flags):
     return folder
 
 
+def saying(capfd, code, *flags):
+    """The last line of stderr of a run, which ends with this exit code and no traceback."""
+    capfd.readouterr()
+    assert cdm_main(*LIVELY, *flags) == code
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    return err.splitlines()[-1]
+
+
 def build(*flags):
     """A Run in this process, before its first iteration. It writes nothing until train()."""
     return cdm.Run(cdm.parse_args([*LIVELY, *map(str, flags)]), CPU)
@@ -65,8 +77,7 @@ def build(*flags):
 
 def load_family(*flags):
     """The demo teacher, as cdm.py loads it."""
-    name, family = cdm.find_teacher(TEACHER)
-    return family(name, cdm.parse_args([*SMALL, *flags]), CPU)
+    return cdm.load_family(cdm.parse_args([*SMALL, *map(str, flags)]), CPU)
 
 
 def inputs(run, n=4):
@@ -130,6 +141,15 @@ def freeze_when(popen, condition):
     wait_for(frozen, popen)
 
 
+@contextlib.contextmanager
+def files_limited_to(size):
+    """No file that this process writes may grow beyond `size` bytes: a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def kill_9(popen):
     popen.kill()
     assert finish(popen)[0] == -signal.SIGKILL
@@ -180,17 +200,20 @@ def results(folder):
     return {"last": last.name, "log": log(folder), **files}
 
 
+def checkpoints(folder):
+    """The names of a run's checkpoints, sorted."""
+    return sorted(path.name for path in Path(folder).glob("checkpoint*"))
+
+
 def shard(folder, rank=1):
     """The file that one rank writes into a checkpoint for one dict of tensors."""
     return f"{folder}/shard-{rank:05d}-model-00001-of-00001.safetensors"
 
 
 def assert_same_figures(found, expected):
-    """Two logs agree up to the order of float32 sums.
-
-    That order makes a difference of 1e-7. AdamW's first steps, nearly lr x sign(gradient), enlarge
-    it where a gradient is nearly zero. 1e-3 is far above that and far below any real difference.
-    """
+    """Two logs agree up to the order of float32 sums."""
+    # That order makes a difference of 1e-7. AdamW's first steps, nearly lr x sign(gradient),
+    # enlarge it where a gradient is nearly zero. 1e-3 is far above that.
     assert len(found) == len(expected) > 0
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
@@ -245,12 +268,12 @@ def pipeline_images(pipe, prompt, sigmas, **options):
     """The student as its README calls it, in float32 on the CPU, from the noise of seed 0."""
     return pipe(
         prompt,
-        height=8,
-        width=8,
+        height=SIDE,
+        width=SIDE,
         guidance_scale=1.0,
         num_inference_steps=len(sigmas),
         sigmas=sigmas,
-        max_sequence_length=min(256, pipe.tokenizer_3.model_max_length),
+        max_sequence_length=pipe.tokenizer_3.model_max_length,
         generator=torch.Generator().manual_seed(0),
         **options,
     ).images

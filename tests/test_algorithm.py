@@ -56,13 +56,10 @@ def velocity_is_2z(z, t, cond):
 
 @pytest.mark.parametrize(
     "v_c, w, delta, value, slope",
-    [
-        (-3.0, 1, 3, 9, -6),  # delta = 2 (2 - 1/2)
-        (-1.0, 10, 1, 100, -20),  # delta = 2 (1 - 1/2)
-    ],
+    [(-3.0, 1, 3, 9, -6), (-1.0, 10, 1, 100, -20)],
 )
 def test_ca_loss_in_numbers(v_c, w, delta, value, slope):
-    """L_CA: delta = alpha (D_real - D_empty)."""
+    """L_CA: delta = alpha (D_real - D_empty), here 2 (2 - 1/2) and 2 (1 - 1/2)."""
     x0_hat = number(1.0).requires_grad_()
     cond, uncond = (number(v_c),), (number(0.0),)
     tau, noise = torch.tensor([0.5]), number(0.0)
@@ -75,13 +72,10 @@ def test_ca_loss_in_numbers(v_c, w, delta, value, slope):
 
 @pytest.mark.parametrize(
     "v_c, w, delta, value, slope",
-    [
-        (-3.0, 1, 2, 4, -4),  # delta = 2 - 0
-        (-1.0, 10, 1, 100, -20),  # delta = 1 - 0
-    ],
+    [(-3.0, 1, 2, 4, -4), (-1.0, 10, 1, 100, -20)],
 )
 def test_dm_loss_in_numbers(v_c, w, delta, value, slope):
-    """L_DM and L_CDM: delta = D_real - D_fake."""
+    """L_DM and L_CDM: delta = D_real - D_fake, here 2 - 0 and 1 - 0."""
     x0_hat = number(1.0).requires_grad_()
     cond = (number(v_c),)
     tau, noise = torch.tensor([0.5]), number(0.0)

@@ -267,13 +267,16 @@ def test_each_time_and_noise_depends_on_its_own_name_alone():
         ({"dm_weight": 0.0}, set()),
         ({"cdm_weight": 0.0}, set()),
         ({"anchor_aware_fake": True}, set()),
-        ({"cdm_point": "renoise"}, {"noise off"}),  # one more
+        ({"cdm_point": "renoise"}, {"noise off"}),
         ({"cdm_point": "anchor"}, {"t_off"}),
-        ({"schedule": "fixed"}, {"schedule", "index", "tau ca"}),  # tau ~ U(0, t_i)
+        ({"schedule": "fixed"}, {"schedule", "index", "tau ca"}),
     ],
 )
 def test_a_setting_changes_no_draw_but_its_own(changes, changed):
-    """Leaving out a loss, or adding a noise, leaves all other draws as they were to the bit."""
+    """Leaving out a loss, or adding a noise, leaves all other draws as they were to the bit.
+
+    A fixed schedule also moves L_CA's tau ~ U(0, t_i).
+    """
     assert differences(draw_8(cdm.CDM(), 0, 5), draw_8(cdm.CDM(**changes), 0, 5)) == changed
 
 

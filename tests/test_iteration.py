@@ -37,15 +37,19 @@ SOME_LOSSES = [on for on in itertools.product((0, 1), repeat=3) if any(on)]
 
 @pytest.mark.parametrize("ca, dm, cdm_", SOME_LOSSES)
 def test_evaluations_of_each_role(ca, dm, cdm_):
-    """Each loss costs its own evaluations, in student updates only; a weight of 0 removes them."""
+    """Each loss costs its own evaluations, in student updates only; a weight of 0 removes them.
+
+    L_CA and L_DM share the student's at the anchor. L_CA asks the teacher with the prompt and
+    without.
+    """
     world = World(Settings(ca_weight=ca, dm_weight=dm, cdm_weight=cdm_))
     for k in (1, 2, 3, 4):
         world.iterate(k)
         n = 8 if k % 2 == 0 else 0  # R = 2: a student update in every second iteration
         assert world.evaluations() == {
             "simulation": int((world.draw(k)[2].index + 1).sum()),
-            "student": n * (max(ca, dm) + cdm_),  # L_CA and L_DM share the anchor's
-            "teacher": n * (2 * ca + dm + cdm_),  # L_CA: with the prompt and without
+            "student": n * (max(ca, dm) + cdm_),
+            "teacher": n * (2 * ca + dm + cdm_),
             "fake, trained": 8,
             "fake, asked": n * (dm + cdm_),
         }

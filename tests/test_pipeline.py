@@ -1,14 +1,15 @@
-"""Sampling, roles and export: what diffusers makes of the same student."""
+"""Sampling, roles and export: what diffusers makes of the same networks."""
 
 import ast
 import re
-import shutil
 
 import pytest
 import torch
-from digits import PROMPTS
 from helpers import (
     LORA,
+    PROMPTS,
+    QUARTERS,
+    SIDE,
     TEACHER,
     build,
     cdm_main,
@@ -25,273 +26,242 @@ from safetensors.torch import load_file
 import cdm
 
 
+@pytest.fixture(scope="session")
+def student(whole):
+    """The pipeline with the student of the run `whole`."""
+    return load_student(whole / "student")
+
+
+@pytest.fixture(scope="session", params=LORA)
+def trained(request):
+    """Folder and flags of a run of each kind: full fine-tuning, LoRA."""
+    return request.getfixturevalue(request.param), LORA[request.param]
+
+
+# --- Sampling. ---
+
+
 def unshifted(times, shift=3.0):
-    """The sigmas that FlowMatchEulerDiscreteScheduler, which shifts what it is given, turns
-    into these times.
-    """
+    """The sigmas that FlowMatchEulerDiscreteScheduler, which shifts them, turns into `times`."""
     return [t / (shift - (shift - 1) * t) for t in times]
 
 
-@pytest.fixture(scope="session")
-def student(whole):
-    return load_student(whole / "student")
+def generate(folder, *flags):
+    """Run --generate with the demo teacher."""
+    teacher = ["--teacher", TEACHER, "--device", "cpu", "--output-dir", folder]
+    assert cdm_main(*teacher, *flags) == 0
 
 
 def generated(folder, *flags):
     """The picture that --generate writes for PROMPTS[3] and seed 0."""
-    assert (
-        cdm_main(
-            "--generate",
-            PROMPTS[3],
-            "--teacher",
-            TEACHER,
-            "--seed",
-            0,
-            "--output-dir",
-            folder,
-            "--device",
-            "cpu",
-            *flags,
-        )
-        == 0
-    )
+    generate(folder, "--generate", PROMPTS[3], "--seed", 0, *flags)
     (file,) = folder.glob("*.png")
     return Image.open(file)
 
 
 UNEVEN = [1.0, 0.8, 0.33, 0.1]
-
-
 GRIDS = {
-    "--sample-steps 4": [1.0, 0.75, 0.5, 0.25],
-    "--times 1,0.9,0.75,0.5": [1.0, 0.75, 0.5, 0.25],
+    "--sample-steps 4": QUARTERS,
+    "--times 1 0.9 0.75 0.5": QUARTERS,
     "--sample-steps 1": [1.0],
     "--sample-steps 6": [1 - i / 6 for i in range(6)],
     "--sample-steps 50": [1 - i / 50 for i in range(50)],
-    "--times " + ",".join(map(str, UNEVEN)): unshifted(UNEVEN),
+    "--times 1 0.8 0.33 0.1": unshifted(UNEVEN),
 }
 
 
 @pytest.mark.parametrize("flags", GRIDS)
 def test_generate_equals_the_pipeline(flags, whole, student, tmp_path):
-    """`--sample-steps 4 --seed 0` writes, pixel for pixel, what pipe(sigmas=[1, .75, .5, .25],
-    guidance_scale=1, generator=manual_seed(0)) returns: the scheduler shifts these sigmas to 1,
-    0.9, 0.75, 0.5, and so do we.
+    """`--sample-steps 4 --seed 0` writes, pixel for pixel, what the pipeline draws with the sigmas
+    1, 0.75, 0.5, 0.25, which its scheduler shifts to 1, 0.9, 0.75, 0.5.
     """
     (expected,) = pipeline_images(student, PROMPTS[3], GRIDS[flags])
     image = generated(tmp_path / "out", "--student", whole / "student", *flags.split())
-    assert image.size == (8, 8) and image.tobytes() == expected.tobytes()
+    assert image.size == (SIDE, SIDE)
+    assert image.tobytes() == expected.tobytes()
 
 
-def test_latents_equal_the_pipelines(student):
+TIMES = [(cdm.uniform_times(4, 3.0), QUARTERS), (torch.tensor(UNEVEN), unshifted(UNEVEN))]
+
+
+@pytest.mark.parametrize("times, sigmas", TIMES, ids=["uniform", "uneven"])
+@torch.no_grad()
+def test_latents_equal_the_pipelines(times, sigmas, student):
     """The same before decoding, where no rounding to 256 levels hides a difference: to 1e-5."""
     sd3 = load_family()
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(0))
     model = cdm.Role(student.transformer, sd3)
-    for times, sigmas in (
-        (cdm.uniform_times(4, 3.0), [1.0, 0.75, 0.5, 0.25]),
-        (torch.tensor(UNEVEN), unshifted(UNEVEN)),
-    ):
-        with torch.no_grad():
-            latent = cdm.sample(model, noise, times, sd3.encode([PROMPTS[3]]))
-        torch.testing.assert_close(
-            latent,
-            pipeline_images(student, PROMPTS[3], sigmas, output_type="latent"),
-            rtol=0,
-            atol=1e-5,
-        )
+    latent = cdm.sample(model, noise, times, sd3.encode([PROMPTS[3]]))
+    expected = pipeline_images(student, PROMPTS[3], sigmas, output_type="latent")
+    torch.testing.assert_close(latent, expected, rtol=0, atol=1e-5)
 
 
-def test_generate_writes_one_picture_a_prompt_and_prints_their_names(whole, tmp_path, capfd):
-    """Two prompts, two PNGs, whose names are what stdout says; other seeds and prompts are
-    other pictures.
-    """
-    flags = [
-        "--teacher",
-        TEACHER,
-        "--student",
-        whole / "student",
-        "--output-dir",
-        tmp_path,
-        "--device",
-        "cpu",
-    ]
+def test_generate_writes_a_picture_for_each_prompt_and_seed(whole, tmp_path, capfd):
+    """Two prompts and two seeds are four different PNGs, whose names are what stdout says."""
     for seed in (0, 1):
-        assert cdm_main("--generate", *PROMPTS[:2], *flags, "--seed", seed) == 0
-    names = capfd.readouterr().out.split("\n")[:-1]
-    assert sorted(names) == sorted(map(str, tmp_path.glob("*.png"))) and len(names) == 4
-    assert len({Image.open(name).tobytes() for name in names}) == 4
+        flags = ["--student", whole / "student", "--seed", seed]
+        generate(tmp_path, "--generate", *PROMPTS[:2], *flags)
+    names = capfd.readouterr().out.splitlines()
+    assert sorted(names) == sorted(map(str, tmp_path.glob("*.png")))
+    assert len({Image.open(name).tobytes() for name in names}) == len(names) == 4
 
 
-def ema_pictures(folder, tmp_path, *flags):
-    """The pictures of the last checkpoint's average, through the resumed run itself: what
-    student/ has to reproduce.
-    """
-    run = build(
-        "--output-dir",
-        shutil.copytree(folder, tmp_path / "copy"),
-        "--iterations",
-        6,
-        "--resume",
-        *flags,
-    )
+# --- The exported student. ---
+
+
+@pytest.fixture(scope="session")
+def ema(trained):
+    """The pictures of the last checkpoint's average for all prompts, by the resumed run itself."""
+    folder, flags = trained
+    run = build("--output-dir", folder, "--resume", *flags)
     assert run.k == 6
     run.swap_ema()
     noise = torch.randn(1, *run.family.shape, generator=torch.Generator().manual_seed(0))
     times = cdm.uniform_times(4, run.family.shift)
-    return [
-        image.tobytes()
-        for image in run.family.images(run.student.role, [noise] * 10, times, PROMPTS)
-    ]
+    images = run.family.images(run.student.role, [noise] * len(PROMPTS), times, PROMPTS)
+    return [image.tobytes() for image in images]
+
+
+def readme_code(folder):
+    """The code of student/README.md."""
+    text = (folder / "student" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    return code
 
 
 def readme_pictures(folder):
-    """The pictures of student/README.md's own code, float32 for bfloat16, with each prompt and
-    the noise of seed 0.
-    """
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (folder / "student" / "README.md").read_text(), re.S
-    )
-    assert code.count(PROMPTS[0]) == 1 and "bfloat16" in code
-    code, pictures = (
-        code.replace("bfloat16", "float32").replace("image.png", f"{folder.parent}/image.png"),
-        [],
-    )
-    load, call = code[: code.index("image =")], code[code.index("image =") :]
+    """The pictures of that code for all prompts, in float32 and from the noise of seed 0."""
+    code = readme_code(folder)
+    assert code.count(repr(PROMPTS[0])) == 1
+    assert "bfloat16" in code
+    code = code.replace("bfloat16", "float32").replace("image.png", f"{folder.parent}/image.png")
+    code = code.replace("sigmas=", "generator=torch.Generator().manual_seed(0), sigmas=")
+    at = code.index("image =")
     scope = {}
-    exec(load, scope)
+    exec(code[:at], scope)
     scope["pipe"].set_progress_bar_config(disable=True)
+    pictures = []
     for prompt in PROMPTS:
-        exec(
-            call.replace(PROMPTS[0], prompt).replace(
-                "sigmas=", "generator=torch.Generator().manual_seed(0), sigmas="
-            ),
-            scope,
-        )
+        exec(code[at:].replace(repr(PROMPTS[0]), repr(prompt)), scope)
         pictures.append(scope["image"].tobytes())
     assert Image.open(folder.parent / "image.png").tobytes() == pictures[-1]
     return pictures
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
-def test_the_exported_student_used_as_its_readme_says(kind, request, pipe, tmp_path):
-    """student/README.md, followed to the letter, draws the pictures of the run's EMA, pixel for
-    pixel. For LoRA that takes alpha = 2 x rank from the file. The teacher draws others, so it
-    is not the teacher that is compared with itself.
+def test_the_exported_student_used_as_its_readme_says(trained, ema, pipe):
+    """student/README.md, followed to the letter, draws the pictures of the run's EMA.
+
+    The teacher draws others, so it is not the teacher that is compared with itself.
     """
-    folder = request.getfixturevalue(kind)
-    expected = ema_pictures(folder, tmp_path, *(["--lora-rank", 4] if kind == "lora" else []))
-    assert readme_pictures(folder) == expected
-    teacher = [
-        pipeline_images(pipe, prompt, [1.0, 0.75, 0.5, 0.25])[0].tobytes() for prompt in PROMPTS
-    ]
-    assert all(a != b for a, b in zip(teacher, expected, strict=True))
+    assert readme_pictures(trained[0]) == ema
+    teacher = [pipeline_images(pipe, prompt, QUARTERS)[0].tobytes() for prompt in PROMPTS]
+    assert all(a != b for a, b in zip(teacher, ema, strict=True))
+
+
+def test_generate_draws_what_the_ema_draws(trained, ema, tmp_path):
+    """--generate with 4 steps writes the picture of the run's EMA, for LoRA too."""
+    image = generated(tmp_path / "out", "--student", trained[0])
+    assert image.tobytes() == ema[3]
 
 
 def test_students_readme_survives_any_prompt(tmp_path):
-    """The first prompt appears in student/README.md's code.
-
-    One with quotes and a backslash leaves it valid Python.
-    """
-    (tmp_path / "prompts.txt").write_text('a "quoted" cat, \\ and {braces}\n', encoding="utf-8")
-    finished(tmp_path / "out", "--iterations", 1, "--prompts", tmp_path / "prompts.txt")
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (tmp_path / "out" / "student" / "README.md").read_text(), re.S
-    )
-    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert 'a "quoted" cat, \\ and {braces}' in strings
+    """A first prompt with quotes, a backslash and braces leaves the README's code valid Python."""
+    prompt = 'a "quoted" cat, \\ and {braces}'
+    (tmp_path / "prompts.txt").write_text(prompt + "\n", encoding="utf-8")
+    out = finished(tmp_path / "out", "--iterations", 1, "--prompts", tmp_path / "prompts.txt")
+    tree = ast.parse(readme_code(out))
+    assert prompt in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
 
 
-def test_generate_with_a_lora_student(lora, tmp_path):
-    """--generate takes a LoRA student/ too; with 4 steps it writes what the EMA student draws."""
-    image = generated(tmp_path / "out", "--student", lora / "student")
-    assert image.tobytes() == ema_pictures(lora, tmp_path, "--lora-rank", 4)[3]
+# --- Roles. ---
 
 
+@torch.no_grad()
 def test_role_is_the_transformer_at_a_thousand_t(pipe):
-    """Role(net, 1000)(x, t, (embeds, pooled)) is net(x, timestep=1000 t, ...): t = 0.75 is
-    timestep 750.
-    """
+    """Role(net, family)(x, t, cond) is net(x, timestep=1000 t, ...): t = 0.75 is timestep 750."""
     sd3 = load_family()
     x = torch.randn(4, *sd3.shape)
     embeds, pooled = sd3.encode(PROMPTS[:4])
     t = torch.tensor([1.0, 0.75, 0.3, 0.02])
-    with torch.no_grad():
-        v = pipe.transformer(
-            hidden_states=x,
-            timestep=1000 * t,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-        ).sample
-        assert torch.equal(cdm.Role(sd3.transformer, sd3)(x, t, (embeds, pooled)), v)
+    v = pipe.transformer(x, embeds, pooled, timestep=1000 * t).sample
+    assert torch.equal(cdm.Role(sd3.transformer, sd3)(x, t, (embeds, pooled)), v)
+
+
+def pipeline_conditions(pipe, prompt):
+    """What the pipeline's encode_prompt gives."""
+    tokens = pipe.tokenizer_3.model_max_length
+    embeds, _, pooled, _ = pipe.encode_prompt(prompt, None, None, max_sequence_length=tokens)
+    return embeds, pooled
 
 
 @torch.no_grad()
 def test_conditions_are_the_pipelines(pipe):
-    """encode() gives what the pipeline's encode_prompt gives; uncond(n) is the empty prompt n
-    times; no T5 is zeros.
-    """
-    sd3 = load_family()
-    tokens = pipe.tokenizer_3.model_max_length
-    embeds, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, max_sequence_length=tokens)
-    empty, _, empty_pooled, _ = pipe.encode_prompt("", None, None, max_sequence_length=tokens)
-    assert torch.equal(sd3.encode(PROMPTS)[0], embeds) and torch.equal(
-        sd3.encode(PROMPTS)[1], pooled
-    )
-    assert len({tuple(row) for row in pooled.tolist()}) == 10
-    for ours, theirs in zip(sd3.uncond(3), (empty, empty_pooled), strict=True):
-        assert torch.equal(ours, theirs.expand_as(ours)) and len(ours) == 3
-    without = load_family("--no-t5")
-    assert without.pipe.text_encoder_3 is None
-    text = without.encode(PROMPTS)[0]
-    clip = text.shape[1] - without.tokens()
-    assert torch.equal(text[:, :clip], embeds[:, :clip]) and not text[:, clip:].any()
+    """encode() gives what the pipeline's encode_prompt gives, another one for each prompt."""
+    embeds, pooled = pipeline_conditions(pipe, PROMPTS)
+    ours = load_family().encode(PROMPTS)
+    assert torch.equal(ours[0], embeds)
+    assert torch.equal(ours[1], pooled)
+    assert len({tuple(row) for row in pooled.tolist()}) == len(PROMPTS)
 
 
 @torch.no_grad()
-def test_all_roles_start_as_the_teacher(pipe, tmp_path):
-    """Full and LoRA: student, fake score and the anchor-aware fake score, whatever anchor it is
-    told, give the teacher's output to the last bit before the first iteration.
-    """
-    for flags in (
-        [],
-        ["--lora-rank", 4],
-        ["--anchor-aware-fake"],
-        ["--lora-rank", 4, "--anchor-aware-fake"],
-    ):
-        run = build("--output-dir", tmp_path / "none", *flags)
-        x, t, cond = inputs(run)
-        expected = cdm.Role(pipe.transformer, run.family)(x, t, cond)
-        for role in (run.teacher, run.student.role, run.fake_score.role, run.teacher):
-            assert torch.equal(role(x, t, cond), expected)
-        if "--anchor-aware-fake" in flags:
-            assert torch.equal(run.fake_score.role(x, t, cond, anchor_t=t.flip(0)), expected)
+def test_uncond_is_the_empty_prompt(pipe):
+    """uncond(n) is the empty prompt n times."""
+    for ours, theirs in zip(load_family().uncond(3), pipeline_conditions(pipe, ""), strict=True):
+        assert len(ours) == 3
+        assert torch.equal(ours, theirs.expand_as(ours))
+
+
+@torch.no_grad()
+def test_without_t5_its_tokens_are_zero(pipe):
+    """--no-t5 loads no T5. Its tokens are zeros, CLIP's stay."""
+    embeds, _ = pipeline_conditions(pipe, PROMPTS)
+    sd3 = load_family("--no-t5")
+    assert sd3.pipe.text_encoder_3 is None
+    text, _ = sd3.encode(PROMPTS)
+    clip = text.shape[1] - sd3.tokens()
+    assert torch.equal(text[:, :clip], embeds[:, :clip])
+    assert not text[:, clip:].any()
+
+
+ROLES = ["", "--lora-rank 4", "--anchor-aware-fake", "--lora-rank 4 --anchor-aware-fake"]
+
+
+@pytest.mark.parametrize("flags", ROLES)
+@torch.no_grad()
+def test_all_roles_start_as_the_teacher(flags, pipe, tmp_path):
+    """Student and fake score give the teacher's output to the last bit, whatever their anchor."""
+    run = build("--output-dir", tmp_path / "none", *flags.split())
+    x, t, cond = inputs(run)
+    expected = cdm.Role(pipe.transformer, run.family)(x, t, cond)
+    for role in (run.teacher, run.student.role, run.fake_score.role, run.teacher):
+        assert torch.equal(role(x, t, cond), expected)
+    if "--anchor-aware-fake" in flags:
+        assert torch.equal(run.fake_score.role(x, t, cond, anchor_t=t.flip(0)), expected)
+
+
+def test_building_a_run_writes_nothing(tmp_path):
+    """The output folder appears with the first iteration."""
+    build("--output-dir", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
+@torch.no_grad()
 def test_the_anchor_aware_fake_score_learns_to_use_its_anchor(tmp_path):
-    """After six iterations its output depends on the anchor's time.
-
-    Student and teacher have no such input.
-    """
-    run = build("--output-dir", tmp_path, "--anchor-aware-fake", "--iterations", 6)
-    run.train()
+    """After two iterations its output depends on the anchor's time. The student has none."""
+    flags = ["--anchor-aware-fake", "--iterations", 2, "--output-dir", tmp_path / "out"]
+    run = build(*flags)
+    with torch.enable_grad():
+        run.train()
     x, t, cond = inputs(run)
-    with torch.no_grad():
-        near, far = (
-            run.fake_score.role(x, t, cond, anchor_t=torch.full((4,), a)) for a in (0.5, 1.0)
-        )
+    near, far = (run.fake_score.role(x, t, cond, torch.full((4,), a)) for a in (0.5, 1.0))
     assert not torch.equal(near, far)
-    assert not any(
-        "anchor" in name
-        for name in load_file(tmp_path / "student" / "diffusion_pytorch_model.safetensors")
-    )
+    student = load_file(tmp_path / "out/student/diffusion_pytorch_model.safetensors")
+    assert not any("anchor" in name for name in student)
 
 
 def student_gradients(run, others_in_between):
-    """Gradients of the student's parameters, by name, optionally with teacher and fake score
-    run before backward.
-    """
+    """The student's gradients by name, if asked with teacher and fake score run before backward."""
     x, t, cond = inputs(run)
     v = run.student.role(x, t, cond)
     if others_in_between:
@@ -299,69 +269,80 @@ def student_gradients(run, others_in_between):
             for role in (run.teacher, run.fake_score.role, run.teacher):
                 role(x, t, cond)
     v.square().mean().backward()
-    grads = {name: p.grad for name, p in run.student.params.items()}
     assert all(p.grad is None for p in run.fake_score.params.values())
-    return grads
+    gradients = {name: p.grad for name, p in run.student.params.items()}
+    run.student.optimizer.zero_grad()
+    return gradients
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
-def test_gradients_survive_checkpointing_and_other_roles(kind, request, tmp_path):
-    """On a trained student: forward, then the teacher and the fake score, then backward gives
-    the gradients of forward and backward alone without checkpointing. With LoRA, three roles
-    share one transformer, and an adapter switched off before backward would leave no gradient
-    at all, or the wrong adapter's recomputed activations.
-    """
-    folder = request.getfixturevalue(kind)
+def gradients_and_calls(trained, flag):
+    """Gradients without and with other roles in between, and how often a block was called."""
+    folder, flags = trained
+    run = build("--output-dir", folder, "--resume", flag, *flags)
     calls = []
+    block = run.student.role.transformer.transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    alone = student_gradients(run, others_in_between=False)
+    n = len(calls)
+    return alone, student_gradients(run, others_in_between=True), n, len(calls) - n
 
-    def count(*_):
-        calls.append(1)
 
-    grads = {}
-    # A block is called twice where activations are really recomputed.
-    for checkpointing, expected_calls in (
-        ("--no-gradient-checkpointing", 1),
-        ("--gradient-checkpointing", 2),
-    ):
-        run = build("--output-dir", folder, "--resume", checkpointing, *LORA[kind])
-        run.student.role.transformer.transformer_blocks[0].register_forward_pre_hook(count)
-        for others in (False, True):
-            calls.clear()
-            grads[checkpointing, others] = student_gradients(run, others)
-            shared = 3 if others and LORA[kind] else 0  # the other roles call the same block
-            assert len(calls) == expected_calls + shared
-            run.student.optimizer.zero_grad()
-    expected = grads["--no-gradient-checkpointing", False]
+def test_gradients_survive_checkpointing_and_other_roles(trained):
+    """Forward, other roles, backward gives the gradients of forward and backward alone.
+
+    With LoRA the roles share a network: the wrong adapter's activations might be recomputed.
+    """
+    expected, other, kept, kept_others = gradients_and_calls(trained, "--no-gradient-checkpointing")
     idle = [name for name, g in expected.items() if g is None or not g.any()]
     assert len(expected) > 60
     # SD3 drops the output of its last text stream.
-    assert all("blocks.2.attn.add_q_proj" in name for name in idle), idle
-    for found in grads.values():
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    assert all("blocks.3.attn.add_q_proj" in name for name in idle), idle
+    again, again_other, twice, twice_others = gradients_and_calls(
+        trained, "--gradient-checkpointing"
+    )
+    # A block is called twice where activations are recomputed, and by the roles that share it.
+    shared = 0
+    if trained[1]:
+        shared = 3
+    assert (kept, kept_others, twice, twice_others) == (1, 1 + shared, 2, 2 + shared)
+    for found in (other, again, again_other):
+        for name, g in expected.items():
+            torch.testing.assert_close(found[name], g, rtol=0, atol=0)
 
 
+# --- LoRA. ---
+
+
+@torch.no_grad()
 def test_lora_leaves_the_base_alone(lora, pipe):
-    """After training, student and fake score differ from the teacher, which with adapters off
-    is the teacher to the bit. Only adapters are in checkpoints; the exported file has rank 4
-    and alpha 8.
-    """
+    """After training, with the adapters off, the network is the teacher to the bit."""
     run = build("--output-dir", lora, "--resume", "--lora-rank", 4)
     x, t, cond = inputs(run)
-    with torch.no_grad():
-        outputs = [
-            role(x, t, cond) for role in (run.student.role, run.fake_score.role, run.teacher)
-        ]
-        assert torch.equal(outputs[2], cdm.Role(pipe.transformer, run.family)(x, t, cond))
-    assert not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[1], outputs[2])
-    assert not torch.equal(outputs[0], outputs[1])
-    for file in ("student", "fake_score", "ema"):
-        assert all(
-            "lora_" in name for name in load_file(shard(lora / "checkpoint_000006" / file, 1))
-        )
+    student, fake, teacher = (
+        role(x, t, cond) for role in (run.student.role, run.fake_score.role, run.teacher)
+    )
+    assert torch.equal(teacher, cdm.Role(pipe.transformer, run.family)(x, t, cond))
+    assert not torch.equal(student, teacher)
+    assert not torch.equal(fake, teacher)
+    assert not torch.equal(student, fake)
+
+
+@pytest.mark.parametrize("file", ["student", "fake_score", "ema"])
+def test_lora_checkpoints_hold_adapters_alone(file, lora):
+    """The frozen network is not saved again and again."""
+    names = load_file(shard(lora / "checkpoint_000006" / file))
+    assert all("lora_" in name for name in names)
+
+
+def test_lora_trains_with_the_authors_scale():
+    """Rank 4 trains with alpha 8."""
+    run = build("--lora-rank", 4)
+    configs = run.student.role.transformer.peft_config.values()
+    assert {(config.r, config.lora_alpha) for config in configs} == {(4, 8)}
+
+
+def test_lora_export_has_the_rank(lora):
+    """Each exported matrix A has as many rows as --lora-rank says."""
     (file,) = (lora / "student").glob("*.safetensors")
-    weights = load_file(file)
-    assert weights and all(x.shape[0] == 4 for name, x in weights.items() if "lora_A" in name)
-    assert {config.lora_alpha for config in run.student.role.transformer.peft_config.values()} == {
-        8
-    }
+    sizes = {len(x) for name, x in load_file(file).items() if "lora_A" in name}
+    assert sizes == {4}

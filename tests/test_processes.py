@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from helpers import (
     LIVELY,
+    LORA,
+    NEVER,
+    ONE_SAVE,
     SMALL,
     assert_same_figures,
     cdm_main,
+    checkpoints,
     finish,
     freeze_when,
     log,
@@ -20,82 +24,101 @@ from helpers import (
     torchrun,
 )
 
+KINDS = ["whole", pytest.param("lora", marks=pytest.mark.slow)]
 
-@pytest.mark.parametrize("kind", ["whole", pytest.param("lora", marks=pytest.mark.slow)])
-def test_two_processes_are_one_run(kind, request, tmp_path):
-    """Two processes with 4 samples each log the figures of one process with 8.
 
-    What two saved at iteration 4 one continues, and what one saved two continue, with the
-    figures of the uninterrupted run. Each rank saves its half; all else, rank 0.
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request, work):
+    """One process's run, one that two processes began, one that two ended. Tests do not change it.
+
+    Two save at iteration 4 and one goes on; one saved at 4 and two go on.
     """
-    one, flags = request.getfixturevalue(kind), ["--lora-rank", "4"] if kind == "lora" else []
-    two, half = tmp_path / "two", shutil.copytree(one, tmp_path / "half")
-    shutil.rmtree(half / "checkpoint_000006")
-    shutil.rmtree(half / "student")
+    kind = request.param
+    one = request.getfixturevalue(kind)
+    begun, ended = work / f"begun_{kind}", shutil.copytree(one, work / f"ended_{kind}")
+    shutil.rmtree(ended / "checkpoint_000006")
+    shutil.rmtree(ended / "student")
     # Samples in between: the averaged weights that they swap in must not stay on any rank.
-    flags = [*LIVELY, *flags, "--sample-every", "3", "--sample-count", "1", "--output-dir"]
-    for popen in [
-        torchrun(*flags, two, "--iterations", 4),
-        torchrun(*flags, half, "--iterations", 6, "--resume"),
-    ]:
-        code, out, err = finish(popen, 240)
-        assert code == 0, "\n".join(line for line in err.splitlines() if line.startswith("[rank"))
-    assert_same_figures(log(two), log(one)[:2])
-    assert log(half)[:2] == log(one)[:2]
-    assert_same_figures(log(half), log(one))
-    assert cdm_main(*flags, two, "--iterations", 6, "--resume") == 0
-    assert_same_figures(log(two), log(one))
-    files = {name for name in snapshot(one) if "samples" not in name}
-    adamw = [
-        f"{role}_{key}"
-        for role in ("student", "fake_score")
-        for key in ("exp_avg", "exp_avg_sq", "step")
-    ]
-    second = {
-        shard(f"checkpoint_{{}}/{file}", 2) for file in ("ema", "student", "fake_score", *adamw)
-    }
-    assert {name for name in snapshot(two) if "samples" not in name} == files | {
-        name.format("000004") for name in second
-    }
-    assert {name for name in snapshot(half) if "samples" not in name} == files | {
-        name.format("000006") for name in second
-    }
-    sizes = [os.path.getsize(shard(two / "checkpoint_000004" / "student", rank)) for rank in (1, 2)]
+    samples = ["--sample-every", "3", "--sample-count", "1"]
+    flags = [*LIVELY, *LORA[kind], *samples, "--output-dir"]
+    both = torchrun(*flags, begun, "--iterations", 4), torchrun(*flags, ended, "--resume")
+    for popen in both:
+        code, _, err = finish(popen, 240)
+        assert code == 0, err[-3000:]
+    first = log(begun)
+    assert cdm_main(*flags, begun, "--resume") == 0
+    return one, begun, ended, first
+
+
+def test_two_processes_are_one_run(runs):
+    """Two processes with 2 samples each log the figures of one process with 4."""
+    one, _, _, first = runs
+    assert_same_figures(first, log(one)[:2])
+
+
+def test_one_process_goes_on_from_two(runs):
+    """What two saved, one continues with the figures of the uninterrupted run."""
+    one, begun, _, _ = runs
+    assert_same_figures(log(begun), log(one))
+
+
+def test_two_processes_go_on_from_one(runs):
+    """What one saved, two continue."""
+    one, _, ended, _ = runs
+    assert log(ended)[:2] == log(one)[:2]
+    assert_same_figures(log(ended), log(one))
+
+
+def files_of(folder):
+    """The names of a run's files, without its samples."""
+    return {name for name in snapshot(folder) if "samples" not in name}
+
+
+def test_rank_1_saves_its_shards_and_nothing_else(runs):
+    """Each rank saves its own shards; all else, rank 0."""
+    one, begun, ended, _ = runs
+    roles = ("student", "fake_score")
+    adamw = [f"{role}_{key}" for role in roles for key in ("exp_avg", "exp_avg_sq", "step")]
+
+    def second(checkpoint):
+        return {shard(f"{checkpoint}/{name}", 2) for name in ("ema", *roles, *adamw)}
+
+    assert files_of(begun) == files_of(one) | second("checkpoint_000004")
+    assert files_of(ended) == files_of(one) | second("checkpoint_000006")
+
+
+def test_each_rank_saves_half(runs):
+    """The two shards of a checkpoint are of nearly the same size."""
+    one, begun, _, _ = runs
     whole = os.path.getsize(shard(one / "checkpoint_000004" / "student", 1))
-    assert all(0.4 * whole < size < 0.6 * whole for size in sizes)
+    for rank in (1, 2):
+        size = os.path.getsize(shard(begun / "checkpoint_000004" / "student", rank))
+        assert 0.4 * whole < size < 0.6 * whole
 
 
 def test_a_batch_that_two_processes_cannot_share(tmp_path):
-    """`--batch-size 3` on two processes: one sentence, a non-zero exit, no waiting for the
-    other rank.
-    """
-    code, out, err = finish(
-        torchrun(*SMALL, "--batch-size", "3", "--output-dir", tmp_path / "out"), 60
-    )
+    """`--batch-size 3` on two processes: one sentence, no waiting for the other rank."""
+    flags = [*SMALL, "--batch-size", "3", "--output-dir", tmp_path / "out"]
+    code, _, err = finish(torchrun(*flags), 60)
     sentences = [line for line in err.splitlines() if line.startswith("cdm.py: ")]
-    assert (
-        code != 0
-        and len(sentences) == 1
-        and "--batch-size 3 must be a multiple of 2:" in sentences[0]
-    ), err
+    assert code != 0
+    assert len(sentences) == 1, err
+    assert "--batch-size 3 must be a multiple of 2:" in sentences[0]
     assert not (tmp_path / "out").exists()
 
 
 def test_a_rank_that_dies_ends_the_run(tmp_path):
-    """kill -9 of one of two processes in the middle of training: the launcher ends with an
-    error, and does not hang.
-    """
-    launcher = torchrun(
-        *LIVELY, "--iterations", 100000, "--save-every", 100000, "--output-dir", tmp_path / "out"
-    )
-    freeze_when(launcher, lambda: logged(tmp_path / "out"))
+    """kill -9 of one of two processes: the launcher ends with an error, and does not hang."""
+    out = tmp_path / "out"
+    endless = ["--iterations", NEVER, *ONE_SAVE]
+    launcher = torchrun(*LIVELY, *endless, "--output-dir", out)
+    freeze_when(launcher, lambda: logged(out))
     launcher.send_signal(signal.SIGCONT)
     ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     assert len(ranks) == 2
     os.kill(int(ranks[1]), signal.SIGKILL)
     code, _, err = finish(launcher, 60)
-    assert code not in (0, -signal.SIGKILL) and "SIGKILL" in err
-    assert (
-        not list((tmp_path / "out").glob("checkpoint_*"))
-        and not (tmp_path / "out" / "student").exists()
-    )
+    assert code not in (0, -signal.SIGKILL)
+    assert "SIGKILL" in err
+    assert checkpoints(out) == []
+    assert not (out / "student").exists()

@@ -1,27 +1,31 @@
-"""The cost of an iteration: seconds, memory, network evaluations, FLOPs.
+"""The cost of an iteration: seconds, network evaluations, FLOPs and memory.
 
-    python tests/experiments/benchmark.py               # tests/digits_sd3, CPU, about a minute
+    python tests/experiments/benchmark.py               # tests/emoji_sd3, CPU, about a minute
     python tests/experiments/benchmark.py --full-size   # SD3-Medium with random weights
 
 With --full-size nothing is downloaded. On a GPU it measures. Without a GPU it computes FLOPs and
-memory from shapes alone, for full fine-tuning and for LoRA, and measures nothing.
+memory from shapes alone, for full fine-tuning with both types of weights and for LoRA. It measures
+nothing then, and takes minutes all the same.
 
-It times the program itself. `cdm.Run.build` makes the networks, `cdm.cdm_iteration` runs, and the
-functions at the borders of its stages are wrapped. Beside it, with the same draws, runs
-`released_iteration`: cdm's own losses with the evaluation counts of the authors' release. The
-counts come from a reading of their code, which was never run. It prints tables and writes --output.
-Not a test: pytest does not collect it.
+What is measured is the program itself: `cdm.Run.build` makes the networks, `cdm.cdm_iteration`
+runs, and the functions at the borders of its stages are wrapped. Beside it, with the same draws,
+runs `released_iteration`: cdm's own losses with the evaluation counts of the authors' release. The
+counts come from a reading of their code, which was never run. Not a test: pytest does not collect
+it, but tests/test_memory.py counts the bytes of `state_terms` in real networks.
+
+    1. The released algorithm, by its evaluations.     4. Measuring.
+    2. The networks.                                   5. Computing, without values.
+    3. Memory, by arithmetic.                          6. Tables.   7. The command line.
 
 FLOPs: a multiplication and an addition are two. Counted are matrix products, convolutions and
 attention, as torch.utils.flop_counter has them (attention's backward is five products, one of them
 a recomputation). Not counted are the optimiser, text encoding and the recomputation of gradient
-checkpointing. MFU is these FLOPs in each second, over --peak-tflops. 1 GB = 10^9 bytes.
+checkpointing. 1 GB = 10^9 bytes.
 """
 
 import argparse
 import contextlib
 import copy
-import json
 import math
 import os
 import statistics
@@ -49,7 +53,7 @@ import cdm
 warnings.filterwarnings(
     "ignore", "Accessing the data pointer of FakeTensor|Already found a `peft_config`"
 )
-DIGITS = Path(__file__).resolve().parents[1] / "digits_sd3"
+EMOJI = Path(__file__).resolve().parents[1] / "emoji_sd3"
 # transformer/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
 SD3_MEDIUM = {
     "sample_size": 128,
@@ -65,15 +69,17 @@ SD3_MEDIUM = {
     "pos_embed_max_size": 192,
 }
 TOKENS = 77 + 256  # of text: CLIP's and T5's
-STAGES = (
-    "text encoding",
-    "backward simulation",
-    "fake-score updates",
-    "student update",
-    "EMA",
-)
+# The numbers of blocks are second-hand. With them and diffusers' other defaults the transformer has
+# 6.27 x 10^9 parameters, as it is said to have.
+LONGCAT_IMAGE = {"num_layers": 10, "num_single_layers": 20}
+STAGES = ("text encoding", "backward simulation", "fake-score updates", "student update", "EMA")
 WARM_UP = 2  # student updates before the measured ones
 GB = 1e9
+WAYS = {  # of training: --weights and --lora-rank
+    "full float32": ("float32", 0),
+    "full bfloat16": ("bfloat16", 0),
+    "LoRA 64": ("float32", 64),
+}
 
 # --- 1. The released algorithm, by its evaluations. ---
 
@@ -177,7 +183,7 @@ class RandomSD3(cdm.SD3):
         self.device = device
         self.dtype = torch.bfloat16
         self.shift = 3.0
-        self.timesteps = 1000
+        self.timesteps = 1000  # the scale of the network's time
         self.pipe = SimpleNamespace()
         self.empty = self.encode([""])
 
@@ -195,8 +201,8 @@ def stand_in(args, config, shape, tokens, device):
 
     with torch.device(device):
         net = diffusers.SD3Transformer2DModel.from_config(config).requires_grad_(False).eval()
-    if args.lora_rank:
-        net = net.to(torch.bfloat16)  # as cdm.Pipeline loads it on a GPU
+    # As cdm.Pipeline loads it on a GPU.
+    net = net.to(torch.bfloat16 if args.lora_rank else getattr(torch, args.weights))
     run = cdm.Run.__new__(cdm.Run)
     run.args = args
     run.device = device
@@ -205,9 +211,9 @@ def stand_in(args, config, shape, tokens, device):
     run.prompts = [""]
     run.batch = args.batch_size = args.batch_size or 16
     args.micro_batch_size = args.micro_batch_size or math.gcd(run.batch, 4)
-    n = args.micro_batch_size
-    fits = run.batch % n == 0
-    cdm.require(fits, f"--batch-size {run.batch} must be a multiple of --micro-batch-size {n}.")
+    assert run.batch % args.micro_batch_size == 0, (
+        "--batch-size must be a multiple of --micro-batch-size"
+    )
     run.family = RandomSD3(net, shape, tokens, device)
     if args.lora_rank:
         run.build(*run.lora_networks())
@@ -216,15 +222,12 @@ def stand_in(args, config, shape, tokens, device):
     return run
 
 
-def settings(flags, **more):
+def settings(flags, weights, rank):
     """The program's settings from this command's flags, checked by the program."""
-    values = {"device": flags.device}
-    for name in ("batch_size", "micro_batch_size", "lora_rank", "max_schedule_steps"):
+    words = ["--device", flags.device, "--weights", weights, "--lora-rank", str(rank)]
+    for name in ("batch_size", "micro_batch_size", "max_schedule_steps"):
         if getattr(flags, name) is not None:
-            values[name] = getattr(flags, name)
-    words = []
-    for name, value in (values | more).items():
-        words += ["--" + name.replace("_", "-"), str(value)]
+            words += ["--" + name.replace("_", "-"), str(getattr(flags, name))]
     if flags.no_gradient_checkpointing:
         words.append("--no-gradient-checkpointing")
     if flags.compile:
@@ -240,50 +243,70 @@ ENCODERS = {  # parameters of SD3-Medium's frozen parts
     "T5-XXL encoder": 4_762_310_656,
     "VAE": 83_819_683,
 }
+LONGCAT_ENCODERS = {"Qwen2.5-VL": 8.3e9, "VAE": 83_819_683}  # the first as others report it
 ENCODERS_TERM = "text encoders and VAE, bf16"
+POSITIONS_TERM = "position embeddings of all networks"
+CAST_TERM = "weights of the block in work, bf16"
+ACTIVATIONS = ("activations: the blocks' inputs, bf16", "activations: the block in work")
 BF16 = 2  # bytes
 FLOAT32 = 4
 # Activations of the block whose backward pass is running: bytes for each token and channel. Found
 # by --full-size, which checks them.
-BLOCK_FULL = 68
-BLOCK_LORA = 84
+BLOCK = {"full float32": 68, "full bfloat16": 68, "LoRA 64": 84}
 
 
-def memory_terms(rank, pixels, samples=1):
-    """{what: bytes} of training SD3-Medium on one GPU with gradient checkpointing.
-
-    rank: LoRA's, or 0; samples: of a micro-batch. Their sum is the peak, which is in the student
-    update if the text encoders stay on the GPU.
-    """
+def empty_network(kind, config):
+    """A network of diffusers without memory for its weights."""
     import diffusers
 
     with torch.device("meta"):
-        net = diffusers.SD3Transformer2DModel.from_config(SD3_MEDIUM)
-    parameters = net.num_parameters()
-    positions = net.pos_embed.pos_embed.numel()
-    trained = parameters
+        return getattr(diffusers, kind).from_config(config)
+
+
+def state_terms(net, weights, rank):
+    """{what: bytes} of what training keeps between two forward passes, on one GPU.
+
+    net: a transformer of the teacher's shapes, without adapters; weights, rank: the program's
+    --weights and --lora-rank. Left out are AdamW's counters of steps, 4 bytes a tensor.
+    """
+    trained = net.num_parameters()
+    size = BF16 if weights == "bfloat16" else FLOAT32
+    positions = sum(buffer.numel() for buffer in net.buffers())
+    buffers = 3 * size * positions
     if rank:
-        names = tuple("." + target for target in cdm.SD3.lora_targets)
+        names = tuple("." + target for target in cdm.Pipeline.lora_targets)
         layers = [module for name, module in net.named_modules() if name.endswith(names)]
         trained = sum(rank * (layer.in_features + layer.out_features) for layer in layers)
-
-    tokens = TOKENS + (pixels // 16) ** 2
-    stream = samples * tokens * net.inner_dim  # entries of a block's input
-    block = BLOCK_LORA * stream
-    cast = 0  # autocast's copy; LoRA's base is in bf16 already
-    if not rank:
-        block = BLOCK_FULL * stream
-        cast = BF16 * parameters // net.config.num_layers
+        size = FLOAT32  # of the adapters, with either --weights
+        buffers = BF16 * positions  # one network plays all roles
     return {
-        "teacher (LoRA: the base of all roles), bf16": BF16 * parameters,
-        "student and fake score, float32": 2 * FLOAT32 * trained,
-        "their AdamW moments, float32": 2 * 2 * FLOAT32 * trained,
-        "student EMA, float32": FLOAT32 * trained,
-        "position embeddings of all networks": (BF16 if rank else 3 * FLOAT32) * positions,
-        "gradients, of one network at a time, float32": FLOAT32 * trained,
-        "activations: the blocks' inputs, bf16": BF16 * stream * net.config.num_layers,
-        "activations: the block in work": block,
-        "weights of the block in work, bf16": cast,
+        "teacher (LoRA: the base of all roles), bf16": BF16 * net.num_parameters(),
+        "student and fake score": 2 * size * trained,
+        "their AdamW moments": 2 * 2 * size * trained,
+        "student EMA": size * trained,
+        "gradients, of one network at a time": size * trained,
+        POSITIONS_TERM: buffers,
+    }
+
+
+def memory_terms(way, pixels):
+    """{what: bytes} of training SD3-Medium on one GPU with gradient checkpointing.
+
+    For a micro-batch of 1. The sum is the peak of a student update if the text encoders stay on the
+    GPU. With bfloat16 weights the peak of a fake-score update is computed 0.2 GB higher.
+    """
+    weights, rank = WAYS[way]
+    net = empty_network("SD3Transformer2DModel", SD3_MEDIUM)
+    layers = net.config.num_layers
+    stream = (TOKENS + (pixels // 16) ** 2) * net.inner_dim  # entries of a block's input
+    cast = 0  # autocast's copy of weights that are not in bf16 already
+    if way == "full float32":
+        cast = BF16 * net.num_parameters() // layers
+    inputs, work = ACTIVATIONS
+    return state_terms(net, weights, rank) | {
+        inputs: BF16 * stream * layers,
+        work: BLOCK[way] * stream,
+        CAST_TERM: cast,
         ENCODERS_TERM: BF16 * sum(ENCODERS.values()),
     }
 
@@ -301,7 +324,6 @@ class Meter:
         self.run = run
         self.live = live
         self.stages = {}
-        self.kept = 0  # bytes that a forward pass leaves behind, at the most
         self.names = {
             run.teacher: "teacher",
             run.student.role: "student",
@@ -341,12 +363,7 @@ class Meter:
 
         def counted(role, x_t, *rest, **more):
             self.evaluations[self.names[role], torch.is_grad_enabled()] += len(x_t)
-            if not self.live:
-                return call(role, x_t, *rest, **more)
-            before = self.live.now
-            v = call(role, x_t, *rest, **more)
-            self.kept = max(self.kept, self.live.now - before)
-            return v
+            return call(role, x_t, *rest, **more)
 
         def averaged(params, *rest):
             if params is self.run.ema:
@@ -388,9 +405,9 @@ def student_update(run, iterate, first):
 def check_anchors(run):
     """Both backward simulations give the same anchors. Returns their largest difference.
 
-    The noise has deviation 1. On a GPU, bf16 kernels differ with the number of samples.
+    The noise has deviation 1. Kernels of bf16 differ with the number of samples.
     """
-    limit = 0.5 if run.device.type == "cuda" else 1e-4
+    limit = 0.5 if run.family.dtype == torch.bfloat16 else 1e-4
     worst = 0
     for cond, _, d in run.micro_batches(1):
         inputs = (run.student.role, d.noise["start"], d.schedule, d.index, cond)
@@ -566,10 +583,7 @@ def count_flops(run, shape):
 
 
 def peak_memory(run, shape, live):
-    """Bytes for micro-batches of n = 1 and 2 samples.
-
-    By (stage, n), the stage's peak; by ("kept", n), what a forward pass keeps.
-    """
+    """{(stage, n): the stage's peak in bytes}, for micro-batches of n = 1 and 2 samples."""
     result = {}
     for n in (1, 2):
         # The second micro-batch finds the first one's gradients in memory.
@@ -580,30 +594,24 @@ def peak_memory(run, shape, live):
             )
         for stage, row in meter.stages.items():
             result[stage, n] = row["peak_bytes"]
-        result["kept", n] = meter.kept
         del batches
     return result
 
 
-def compute_at(layers, args, config, shapes, tokens, memory):
-    """{(shape, key): number} for a transformer of so many layers."""
+def compute_at(layers, args, config, shape, tokens, memory):
+    """{key: number} for a transformer of so many layers."""
     with no_values(), LiveBytes() as live, patch.object(cdm, "backward_simulation", one_call):
         config = config | {"num_layers": layers}
-        run = stand_in(args, config, None, tokens, torch.device("cpu"))
+        run = stand_in(args, config, shape, tokens, torch.device("cpu"))
         always = live.now
-        gradients = sum(p.nbytes for p in run.student.params.values())
-        found = {}
-        for shape in shapes:
-            numbers = count_flops(run, shape)
-            if memory:
-                numbers |= {"always": always, "gradients": gradients}
-                numbers |= peak_memory(run, shape, live)
-            found |= {(shape, key): x for key, x in numbers.items()}
+        found = count_flops(run, shape)
+        if memory:
+            found |= {"always": always} | peak_memory(run, shape, live)
     return found
 
 
-def compute(args, config, shapes, tokens, memory=True):
-    """{shape: FLOPs and, if asked, bytes}.
+def compute(args, config, shape, tokens, memory=True):
+    """{(role, with gradient) or "recomputed": FLOPs of a sample} and, if asked, bytes.
 
     Blocks are alike, but for the last: two small networks say all about a deep one.
     """
@@ -611,18 +619,13 @@ def compute(args, config, shapes, tokens, memory=True):
     args.compile = False
     depth = config["num_layers"]
     if depth <= 4:
-        found = compute_at(depth, args, config, shapes, tokens, memory)
-    else:
-        two = compute_at(2, args, config, shapes, tokens, memory)
-        four = compute_at(4, args, config, shapes, tokens, memory)
-        found = {key: x + (four[key] - x) * (depth - 2) // 2 for key, x in two.items()}
-    result = {shape: {} for shape in shapes}
-    for (shape, key), x in found.items():
-        result[shape][key] = x
-    return result
+        return compute_at(depth, args, config, shape, tokens, memory)
+    two = compute_at(2, args, config, shape, tokens, memory)
+    three = compute_at(3, args, config, shape, tokens, memory)
+    return {key: x + (three[key] - x) * (depth - 2) for key, x in two.items()}
 
 
-# --- 6. Reporting. ---
+# --- 6. Tables. ---
 
 
 def unit(flops):
@@ -630,11 +633,6 @@ def unit(flops):
         if flops > size:
             return f"{flops / size:.3f} {name}"
     return f"{flops / 1e6:.3f} M"
-
-
-def way(rank):
-    """How the student is trained, in words."""
-    return f"LoRA of rank {rank}" if rank else "full fine-tuning"
 
 
 def print_stages(result):
@@ -678,8 +676,8 @@ def print_measured(run, result, flops, flags, where):
     cfg = run.args
     this = result["this"]["whole"]
     released = result["released"]["whole"]
-    updates = flags.iterations // cfg.student_every
-    details = [where, way(cfg.lora_rank)]
+    training = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else f"full {cfg.weights}"
+    details = [where, training]
     details.append(f"gradient checkpointing {'on' if cfg.gradient_checkpointing else 'off'}")
     if flags.compile:
         details.append("compiled")
@@ -689,7 +687,7 @@ def print_measured(run, result, flops, flags, where):
     print("Measured: " + "; ".join(details) + ".")
     print(f"{run.batch} samples in micro-batches of {cfg.micro_batch_size}.")
     print(f"N_max {cfg.max_schedule_steps}, R = {cfg.student_every}.")
-    print(f"Means over {updates} student update(s), after {WARM_UP} for warming up.")
+    print(f"Means over {flags.updates} student update(s), after {WARM_UP} for warming up.")
     print("Peaks are maxima. 'released': the released code's evaluation counts, from a reading of")
     print("it. Our code ran them, with the same draws.")
     print()
@@ -704,131 +702,126 @@ def print_measured(run, result, flops, flags, where):
     b = sum(this["expected_evaluations"].values()) / sum(released["expected_evaluations"].values())
     print(f"    evaluations {a:.3f} (expected {b:.3f})")
     print(f"    FLOPs       {this['flops'] / released['flops']:.3f}")
-    for key, note in (
-        ("seconds", "mean ± standard deviation"),
-        ("seconds_at_expected", "with backward simulation scaled to the expected counts"),
-    ):
-        cells = [f"{whole[key]:.3f}" for whole in (this, released)]
-        if key == "seconds":
-            cells = [
-                f"{whole[key]:.3f} ± {whole['seconds_stdev']:.3f}" for whole in (this, released)
-            ]
-        ratio = this[key] / released[key]
-        print(f"    time        {ratio:.3f}: {cells[0]} s and {cells[1]} s, {note}")
-    if run.device.type == "cuda":
-        shares = []
-        for whole in (this, released):
-            rate = whole["flops"] / whole["seconds"] / 1e12
-            shares.append(f"{100 * rate / flags.peak_tflops:.1f}%")
-        print(f"    MFU         {shares[0]} and {shares[1]} of {flags.peak_tflops:g} TFLOP/s")
+    cells = []
+    for whole in (this, released):
+        cells.append(f"{whole['seconds']:.3f} ± {whole['seconds_stdev']:.3f} s")
+    print(f"    time        {this['seconds'] / released['seconds']:.3f}: {' and '.join(cells)}")
+    ratio = this["seconds_at_expected"] / released["seconds_at_expected"]
+    print(f"    time*       {ratio:.3f}")
+    print("* with backward simulation scaled to the expected evaluations.")
 
 
-def print_computed(rows):
-    """What `estimate` found, with the sums of `memory_terms` beside it."""
+def print_computed(rows, pixels, cfg):
+    """What `estimate` found, by way of training."""
     print()
     print("COMPUTED, NOT MEASURED: there is no GPU here. The program's own iteration ran on")
-    print("SD3-Medium's shapes, without values, under bf16 autocast as on a GPU. GB. Peaks are all")
     print(
-        "that is alive at once, for a micro-batch of 1 (+ each further sample). Left out: the CUDA"
+        f"SD3-Medium's shapes at {pixels} pixels, without values, under bf16 autocast as on a GPU."
     )
-    print("context, kernels' workspace, fragmentation; text encoders and VAE.")
+    print(
+        "GB. Peaks are all that is alive at once, for a micro-batch of 1 (+ each further sample)."
+    )
+    print("Left out: the CUDA context, kernels' workspace, fragmentation; text encoders and VAE.")
     print()
-    print(f"{'':22}{'always':>7}{'gradients':>10}", end="")
-    for heading in ("simulation", "fake-score update", "student update", "forward keeps"):
-        print(f"{heading:>19}", end="")
-    print()
-    for (rank, pixels), x in rows.items():
-        name = f"LoRA {rank}" if rank else "full"
-        line = f"{name:>8}, {pixels:4} pixels"
-        line += f"{x['always'] / GB:8.2f}{x['gradients'] / GB:9.2f} "
-        for stage in (*STAGES[1:4], "kept"):
+    print(f"{'':14}{'always':>7}", end="")
+    print("".join(f"{stage:>21}" for stage in STAGES[1:4]))
+    for way, x in rows.items():
+        line = f"{way:14}{x['always'] / GB:7.2f}"
+        for stage in STAGES[1:4]:
             one = x[stage, 1] / GB
             two = x[stage, 2] / GB
             cell = f"{one:.2f} (+{two - one:.2f})"
-            line += f"{cell:>19}"
+            line += f"{cell:>21}"
         print(line)
 
     print()
-    print(f"{'FLOP of a sample':22}{'teacher':>12}{'student':>12}", end="")
-    print(f"{'student, with gradient':>26}{'recomputed, not useful':>26}")
-    for (rank, pixels), x in rows.items():
-        name = f"LoRA {rank}" if rank else "full"
-        cells = [unit(x["teacher", False]), unit(x["student", False])]
-        line = f"{name:>8}, {pixels:4} pixels{cells[0]:>12}{cells[1]:>12}"
-        print(f"{line}{unit(x['student', True]):>26}{unit(x['recomputed']):>26}")
+    headings = f"{'teacher':>10}{'student':>10}{'with gradient':>15}{'recomputed':>12}"
+    print(f"{'FLOP':14}{headings}{'update: this':>14}{'released':>12}{'ratio':>8}")
+    for way, x in rows.items():
+        totals = []
+        for kind in ITERATIONS:
+            counts = expected_evaluations(cfg, kind)
+            totals.append(sum(count * x[key] for key, count in counts.items()))
+        line = f"{way:14}{unit(x['teacher', False]):>10}{unit(x['student', False]):>10}"
+        line += f"{unit(x['student', True]):>15}{unit(x['recomputed']):>12}"
+        line += f"{unit(totals[0]):>14}{unit(totals[1]):>12}{totals[0] / totals[1]:8.3f}"
+        print(line)
+    print(
+        "Of a sample, in one pass, or in one student update. There the passes are the expected ones"
+    )
+    print("of this code and of the released code; recomputation is left out.")
 
 
-def print_terms(rows):
+def print_row(name, numbers, digits=2):
+    print(f"{name:46}" + "".join(f"{x:16.{digits}f}" for x in numbers))
+
+
+def print_terms(rows, pixels):
     """The terms of memory_terms, one a line, and their check against the bytes that are alive."""
-    keys = [key for key in rows if key[1] == 1024]
-    columns = [memory_terms(*key) for key in keys]
+    columns = {way: memory_terms(way, pixels) for way in rows}
     print()
-    print(f"{'the same peak by arithmetic, 1024 pixels, GB':46}", end="")
-    print("".join(f"{way(rank):>20}" for rank, _ in keys))
-    for name in columns[0]:
-        print(f"{name:46}" + "".join(f"{terms[name] / GB:20.2f}" for terms in columns))
-    sums = [sum(terms.values()) for terms in columns]
-    print(f"{'sum':46}" + "".join(f"{total / GB:20.2f}" for total in sums))
-    cells = ""
-    for key, terms, total in zip(keys, columns, sums, strict=True):
-        encoders = terms[ENCODERS_TERM]
-        share = (total - encoders) / rows[key]["student update", 1]
-        assert abs(share - 1) < 0.02, f"{way(key[0])}: arithmetic gives {share:.3f} of the peak"
-        cells += f"{share:20.3f}"
-    print(f"{'sum without encoders / student update above':46}{cells}")
+    heading = f"the same peak by arithmetic, {pixels} pixels, GB"
+    print(f"{heading:46}" + "".join(f"{way:>16}" for way in columns))
+    for name in columns["LoRA 64"]:
+        print_row(name, [terms[name] / GB for terms in columns.values()])
+    sums = {way: sum(terms.values()) for way, terms in columns.items()}
+    print_row("sum", [total / GB for total in sums.values()])
+    shares = []
+    for way, total in sums.items():
+        shares.append((total - columns[way][ENCODERS_TERM]) / rows[way]["student update", 1])
+    print_row("sum without encoders / student update above", shares, 3)
+    for way, share in zip(columns, shares, strict=True):
+        assert abs(share - 1) < 0.005, f"{way}: arithmetic gives {share:.3f} of the peak"
 
 
-def readable(x):
-    """For JSON: keys that are tuples become strings."""
-    if not isinstance(x, dict):
-        return x
-    result = {}
-    for key, value in x.items():
-        if isinstance(key, tuple):
-            key = ", ".join(map(str, key))
-        result[key] = readable(value)
-    return result
+def print_readme_tables():
+    """The table of README for SD3-Medium, and the part of it that parameter counts give."""
+    columns = [memory_terms(way, 1024) for way in WAYS]
+    groups = {
+        "networks, AdamW, EMA, gradients": list(columns[0])[:5],
+        "text encoders and VAE": [ENCODERS_TERM],
+        "position embeddings, a block's weights in bf16": [POSITIONS_TERM, CAST_TERM],
+        "activations for each sample at 1024x1024": ACTIVATIONS,
+    }
+    print()
+    print(f"{'SD3-Medium, GB':46}" + "".join(f"{way:>16}" for way in WAYS))
+    for title, names in groups.items():
+        print_row(title, [sum(terms[name] for name in names) / GB for terms in columns], 1)
+
+    net = empty_network("LongCatImageTransformer2DModel", LONGCAT_IMAGE)
+    columns = [state_terms(net, *way) for way in WAYS.values()]
+    encoders = BF16 * sum(LONGCAT_ENCODERS.values()) / GB
+    adapter = columns[-1]["student EMA"] // FLOAT32
+    print()
+    print(f"{'LongCat-Image, GB':46}" + "".join(f"{way:>16}" for way in WAYS))
+    print_row("networks, AdamW, EMA, gradients", [sum(x.values()) / GB for x in columns], 1)
+    print_row("text encoder and VAE", [encoders] * len(WAYS), 1)
+    print(f"From counts alone: {net.num_parameters():,} parameters, LoRA {adapter:,} a role.")
+    print("Second-hand: the numbers of blocks, and the text encoder's 8.3e9 parameters.")
 
 
 # --- 7. The command line. ---
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-
-    def error(message):
-        raise cdm.Mistake(f"{message}; --help lists the flags.")
-
-    parser.error = error
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=formatter)
     add = parser.add_argument
-    add("--full-size", action="store_true", help="SD3-Medium with random weights, not the digits")
+    add("--full-size", action="store_true", help="SD3-Medium with random weights, not the emoji")
     add("--batch-size", type=int, default=16, help="samples of an update")
     add("--micro-batch-size", type=int, help="samples of a forward pass; the program's default")
     add("--resolution", type=int, choices=(512, 1024), help="with --full-size; else 1024")
-    add("--lora-rank", type=int, default=0, help="0: full fine-tuning; without a GPU both are done")
+    add("--lora-rank", type=int, default=0, help="0: full fine-tuning; with a GPU or the emoji")
+    add("--weights", choices=("float32", "bfloat16"), default="float32", help="as --lora-rank")
     add("--compile", action="store_true", help="the program's flag")
     add("--no-gradient-checkpointing", action="store_true", help="the program's flag")
-    add("--iterations", type=int, help="measured, an even number: 20, or 8 with --full-size")
+    add("--updates", type=int, default=10, help="measured student updates")
     add("--max-schedule-steps", type=int, default=28, help="N_max")
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="the CPU, or with --full-size a GPU if it is there",
-    )
-    add("--output", default="runs/benchmark.json", help="JSON is written here")
-    add("--peak-tflops", type=float, default=989, help="of the GPU; 989: H100, H200, dense bf16")
+    add("--device", choices=("cpu", "cuda"), help="else a GPU with --full-size if it is there")
     flags = parser.parse_args(argv)
     if not flags.device:
         gpu = flags.full_size and torch.cuda.is_available()
         flags.device = "cuda" if gpu else "cpu"
-    if flags.iterations is None:
-        flags.iterations = 8 if flags.full_size else 20
-    even = flags.iterations > 0 and flags.iterations % 2 == 0
-    cdm.require(even, f"--iterations is {flags.iterations}: give an even number.")
-    cdm.require(flags.full_size or not flags.resolution, "--resolution needs --full-size.")
-    cdm.require(flags.peak_tflops > 0, f"--peak-tflops is {flags.peak_tflops}: give more than 0.")
     return flags
 
 
@@ -838,29 +831,21 @@ def latents(pixels):
 
 
 def estimate(flags):
-    """--full-size without a GPU: {(LoRA rank, pixels): FLOPs and bytes}."""
+    """--full-size without a GPU: compute all WAYS of training, and print."""
+    pixels = flags.resolution or 1024
     rows = {}
-    shapes = [latents(1024), latents(512)]
-    for rank in tqdm((0, flags.lora_rank or 64), desc="computing", leave=False):
-        numbers = compute(settings(flags, lora_rank=rank), SD3_MEDIUM, shapes, TOKENS)
-        for shape, x in numbers.items():
-            rows[rank, 8 * shape[1]] = x
-    return rows
-
-
-def process_peak():
-    """The most memory that this process had, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    for name, way in tqdm(WAYS.items(), desc="computing", leave=False):
+        args = settings(flags, *way)
+        rows[name] = compute(args, SD3_MEDIUM, latents(pixels), TOKENS)
+    print_computed(rows, pixels, args)
+    if not flags.no_gradient_checkpointing:
+        print_terms(rows, pixels)
+    print_readme_tables()
 
 
 def run_and_measure(flags, folder):
-    """Build the networks, run, print. Returns what JSON gets."""
-    args = settings(flags)
+    """Build the networks, run, print."""
+    args = settings(flags, flags.weights, flags.lora_rank)
     device = torch.device(flags.device)
     where = f"CPU, {torch.get_num_threads()} thread(s)"
     if flags.device == "cuda":
@@ -873,60 +858,32 @@ def run_and_measure(flags, folder):
         run = stand_in(args, config, shape, tokens, device)
         where = f"SD3-Medium, random weights, {pixels} pixels, {where}"
     else:
-        args.teacher = str(DIGITS)
-        args.prompts = str(DIGITS / "prompts.txt")
+        args.teacher = str(EMOJI)
+        args.prompts = str(EMOJI / "prompts.txt")
         args.output_dir = folder
         run = cdm.Run(args, device)
         config = dict(run.family.transformer.config)
         tokens = run.family.empty[0].shape[1]
         shape = run.family.shape
-        where = f"tests/digits_sd3, {where}"
-    flops = compute(args, config, [shape], tokens, memory=False)[shape]
+        where = f"tests/emoji_sd3, {where}"
+    flops = compute(args, config, shape, tokens, memory=False)
     difference = check_anchors(run)
-    result = measure(run, flops, flags.iterations // args.student_every)
+    result = measure(run, flops, flags.updates)
     print_measured(run, result, flops, flags, where)
     print()
     print(f"Both backward simulations gave the same anchors, to {difference:.1e}.")
-    peak = process_peak()
     if flags.device == "cpu":
-        print(f"Peak of the process: {peak / GB:.2f} GB. The stages' peaks need a GPU.")
-    return {
-        "where": where,
-        "anchors_differ_by": difference,
-        "process_peak_bytes": peak,
-        "measured": readable(result),
-        "flops": readable(flops),
-    }
+        print("The stages' peaks of memory need a GPU.")
 
 
 def main(argv=None):
-    """Returns the exit code: 0, or 2 after one sentence about a mistake."""
-    try:
-        flags = parse(argv)
-        if flags.full_size and flags.device == "cpu":
-            rows = estimate(flags)
-            print_computed(rows)
-            if not flags.no_gradient_checkpointing:
-                print_terms(rows)
-            report = {"computed, not measured": readable(rows)}
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                report = run_and_measure(flags, folder)
-        report |= {"torch": torch.__version__, "flags": vars(flags)}
-        output = Path(flags.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"-> {output}")
-        return 0
-    except cdm.Mistake as mistake:
-        sentence = str(mistake)
-    except OSError as error:
-        sentence = f"{error}: check the path."
-    except torch.OutOfMemoryError:
-        sentence = "the GPU is out of memory: --micro-batch-size 1 or --lora-rank 64 needs less."
-    print(f"benchmark.py: {sentence}", file=sys.stderr)
-    return 2
+    flags = parse(argv)
+    if flags.full_size and flags.device == "cpu":
+        estimate(flags)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run_and_measure(flags, folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

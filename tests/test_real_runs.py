@@ -1,0 +1,392 @@
+"""What people really do with runs and students: the cases of public reports.
+
+Teachers and prompts are in test_real_cases.py. Folders in use, other micro-batches, SIGTERM, full
+disks during a save and divergence are in test_run.py.
+"""
+
+import fcntl
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import (
+    LIVELY,
+    LORA,
+    NEVER,
+    ONE_SAVE,
+    PROMPTS,
+    ROOT,
+    TEACHER,
+    build,
+    cdm_main,
+    check_mistake,
+    check_sentence,
+    checkpoints,
+    files_limited_to,
+    finish,
+    finished,
+    log,
+    logged,
+    process,
+    results,
+    saying,
+    shard,
+    snapshot,
+    state,
+    wait_for,
+)
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import cdm
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def run(lora, tmp_path):
+    """A copy of a LoRA run of six iterations, with checkpoints at 4 and 6."""
+    return Path(shutil.copytree(lora, tmp_path / "run"))
+
+
+def resumed(run):
+    """The flags that continue it."""
+    return [*LORA["lora"], "--output-dir", run, "--resume"]
+
+
+def draw(folder, student, *prompts, flags=()):
+    """The pictures that --generate has written into a folder, oldest first."""
+    flags = ["--teacher", TEACHER, "--device", "cpu", "--output-dir", folder, *flags]
+    assert cdm_main(*flags, "--student", student, "--generate", *prompts) == 0
+    return sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def picture(folder, student):
+    """The only picture that --generate writes into a new folder."""
+    (file,) = draw(folder, student, PROMPTS[0])
+    return Image.open(file)
+
+
+# --- Checkpoints. ---
+
+
+def test_a_backup_of_a_checkpoint_is_left_alone(run):
+    """`cp -r checkpoint_000004 checkpoint_backup`: neither resumed from nor pruned."""
+    names = ["checkpoint_backup", "checkpoint_000004 (copy)", "checkpoint_000009_old"]
+    for name in names:
+        shutil.copytree(run / "checkpoint_000004", run / name)
+    before = [snapshot(run / name) for name in names]
+    assert cdm_main(*LIVELY, *resumed(run), "--iterations", 8) == 0
+    assert checkpoints(run) == sorted([*names, "checkpoint_000006", "checkpoint_000008"])
+    assert [snapshot(run / name) for name in names] == before
+
+
+def test_checkpoints_are_sorted_as_numbers(run):
+    """A million is newer than 999,999."""
+    (run / "checkpoint_000004").rename(run / "checkpoint_999999")
+    (run / "checkpoint_000006").rename(run / "checkpoint_1000000")
+    assert build(*resumed(run)).k == 6
+
+
+TORCH = "dcp.CheckpointException is a BaseException, which Run.resume's `except` lets through"
+unreadable = pytest.mark.xfail(strict=True, reason=TORCH, raises=BaseException)
+DAMAGE = [("state.json", "cut"), ("state.json", "gone")]
+DAMAGE += [pytest.param(shard(name), "cut", marks=unreadable) for name in ("ema", "fake_score")]
+DAMAGE += [pytest.param(shard("student_exp_avg"), "gone", marks=unreadable)]
+
+
+@pytest.mark.parametrize("name, how", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(name, how, run, capfd):
+    """The one before is taken, and said."""
+    damage(run / "checkpoint_000006" / name, how)
+    assert build(*resumed(run)).k == 4
+    assert "checkpoint_000006 is damaged" in capfd.readouterr().out
+
+
+def damage(file, how):
+    """Cut a file off in the middle, or remove it."""
+    if how == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.unlink()
+
+
+@unreadable
+def test_a_damaged_checkpoint_costs_no_bytes(run, lora):
+    """From the one before, the run ends as if nothing had happened."""
+    damage(run / "checkpoint_000006" / shard("student"), "cut")
+    assert cdm_main(*LIVELY, *resumed(run)) == 0
+    assert results(run) == results(lora)
+
+
+def test_no_checkpoint_can_be_read(run, capfd):
+    """Then the run is not begun anew over what is left."""
+    for name in checkpoints(run):
+        damage(run / name / "state.json", "cut")
+    before = snapshot(run)
+    sentence = saying(capfd, 2, *resumed(run))
+    check_sentence("", sentence + "\n", "--resume", str(run))
+    assert snapshot(run) == before
+
+
+TYPES = "start_log reads UTF-8 strictly, and expects that a line of JSON is a dict"
+surprise = pytest.mark.xfail(strict=True, reason=TYPES)
+LOG_DAMAGE = {"NUL": b"\0" * 40 + b"\n", "half": b'{"iteration": 6, "loss'}
+LOG_SURPRISES = {"garbage": b"\xff\xfe\x00\n", "number": b"12\n", "empty": b"{}\n"}
+LOG_LINES = [pytest.param(line, id=name) for name, line in LOG_DAMAGE.items()]
+LOG_LINES += [pytest.param(x, id=name, marks=surprise) for name, x in LOG_SURPRISES.items()]
+
+
+@pytest.mark.parametrize("line", LOG_LINES)
+def test_a_damaged_line_of_the_log_is_dropped(line, run, lora, capfd):
+    """What a power cut left in log.jsonl does not stop --resume, and is said."""
+    with open(run / "log.jsonl", "ab") as file:
+        file.write(line)
+    build(*resumed(run)).start_log()
+    assert log(run) == log(lora)
+    assert "dropped a damaged line" in capfd.readouterr().out
+
+
+def test_other_threads_are_said(run, capfd):
+    """Sums in another order differ by rounding."""
+    file = run / "checkpoint_000006" / "state.json"
+    file.write_text(json.dumps(state(file.parent) | {"threads": 7}))
+    build(*resumed(run))
+    assert "1 threads, 7 before" in capfd.readouterr().out
+
+
+# --- Two runs in one folder. ---
+
+
+def test_a_second_run_in_the_folder_is_refused(run, capfd):
+    """While another process holds the lock, two `--resume` do not mix."""
+    flags = [*LIVELY, *resumed(run), "--iterations", 8]
+    with FileLock(run / "lock"):
+        check_mistake(capfd, run, flags, "another process", str(run))
+
+
+def test_a_killed_process_frees_its_lock(run):
+    """kill -9 leaves the lock's file, which locks nobody out."""
+    script = (
+        "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True)"
+    )
+    popen = process("-c", script + "; time.sleep(99)", run / "lock")
+    popen.stdout.readline()
+    popen.kill()
+    finish(popen)
+    shutil.rmtree(run / "student")
+    assert cdm_main(*LIVELY, *resumed(run)) == 0
+
+
+# --- Not finite: each case has its own sentence. A teacher's is in test_real_cases.py. ---
+
+
+def test_not_finite_before_the_first_checkpoint(tmp_path, capfd):
+    """There is nothing to resume: start again with lower learning rates."""
+    flags = ["--fake-lr", 1e30, *ONE_SAVE, "--output-dir", tmp_path / "out"]
+    sentence = saying(capfd, 2, *flags)
+    assert "start again with lower learning rates" in sentence
+    assert "checkpoint" not in sentence
+
+
+def test_not_finite_after_a_checkpoint(run, capfd):
+    """The sentence offers --resume with lower learning rates, and that works."""
+    flags = [*resumed(run), "--iterations", 8, *ONE_SAVE]
+    sentence = saying(capfd, 2, *flags, "--fake-lr", 1e30)
+    for word in ("--resume", "--student-lr", "--fake-lr"):
+        assert word in sentence
+    assert cdm_main(*LIVELY, *flags, "--student-lr", 1e-5, "--fake-lr", 1e-6) == 0
+    assert log(run)[-1]["iteration"] == 8
+
+
+# --- The disk, the terminal, the environment. ---
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_a_disk_that_is_full_during_the_export(kind, request, tmp_path, capfd):
+    """One sentence about the disk. With room again, --resume exports."""
+    made = request.getfixturevalue(kind)
+    run = Path(shutil.copytree(made, tmp_path / "run"))
+    shutil.rmtree(run / "student")
+    flags = [*LORA[kind], "--output-dir", run, "--resume"]
+    with files_limited_to(10_000):
+        sentence = saying(capfd, 2, *flags)
+    check_sentence("", sentence + "\n", "space left on the disk")
+    assert not (run / "student").exists()
+    assert cdm_main(*LIVELY, *flags) == 0
+    assert results(run) == results(made)
+
+
+def test_a_closed_terminal_saves_as_sigterm_does(tmp_path, whole):
+    """SIGHUP, with nobody left to read what is printed: a checkpoint, a student, --resume works."""
+    out = tmp_path / "out"
+    master, slave = pty.openpty()
+    flags = [*LIVELY, "--iterations", NEVER, *ONE_SAVE, "--output-dir", out]
+    command = [sys.executable, "cdm.py", *map(str, flags)]
+
+    def own_the_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    popen = subprocess.Popen(
+        command, cwd=ROOT, env=env, start_new_session=True, preexec_fn=own_the_terminal, **streams
+    )
+    os.close(slave)
+    wait_for(lambda: logged(out), popen)
+    os.close(master)
+    assert popen.wait(120) == 0
+    (name,) = checkpoints(out)
+    assert state(out / name)["iteration"] >= 2
+    assert (out / "student" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_an_empty_variable_is_as_if_unset(name, monkeypatch, tmp_path, capfd):
+    """Some schedulers of clusters leave `WORLD_SIZE=` in the environment."""
+    monkeypatch.setenv(name, "")
+    flags = [*LIVELY, "--output-dir", tmp_path / "out", "--iterations", 0]
+    check_mistake(capfd, tmp_path, flags, "--iterations")
+
+
+PATHS = {"output_dir": "--output-dir=~/x", "teacher": "--teacher=~/x", "prompts": "--prompts=~/x"}
+PATHS["student"] = "--student=~/x --generate cat"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_tilde_is_the_home_folder(name, monkeypatch, tmp_path):
+    """A shell does not expand `--output-dir=~/x`, cdm.py does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = cdm.parse_args(PATHS[name].split())
+    assert getattr(args, name) == f"{tmp_path}/x"
+
+
+# --- The exported student. ---
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_others_can_read_a_run(kind, request):
+    """On a shared file system: checkpoints and student/ have the mode of any new file."""
+    folder = request.getfixturevalue(kind)
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert modes == {0o644}
+
+
+NO_SIZE = "a LoRA has no config.json, so --generate draws it at the teacher's size"
+sizeless = pytest.mark.xfail(strict=True, reason=NO_SIZE)
+
+
+@pytest.mark.parametrize("kind", ["whole", pytest.param("lora", marks=sizeless)])
+def test_a_student_is_drawn_at_the_size_it_was_trained_at(kind, tmp_path):
+    """--generate without --resolution draws 16 pixels after a run at 16."""
+    run = finished(tmp_path / "run", "--iterations", 1, "--resolution", 16, *LORA[kind])
+    assert picture(tmp_path / "out", run).size == (16, 16)
+
+
+def test_the_exported_config_has_the_trained_size(tmp_path):
+    """So other programs draw at that size too."""
+    run = finished(tmp_path / "run", "--iterations", 1, "--resolution", 16)
+    assert json.loads((run / "student" / "config.json").read_text())["sample_size"] == 4
+
+
+def test_a_lora_has_no_data_in_its_header(lora):
+    """What stands in the header only is lost in other programs."""
+    with safe_open(lora / "student" / LORA_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_loras_scale_is_in_its_weights(lora):
+    """Trained with alpha = 2 x rank, read with alpha = rank: lora_B is twice the EMA's."""
+    ema = load_file(lora / "checkpoint_000006" / shard("ema"))
+    for name, x in load_file(lora / "student" / LORA_FILE).items():
+        factor = 2 if "lora_B" in name else 1
+        assert torch.equal(x, factor * ema[name.removeprefix("transformer.")])
+
+
+def test_a_lora_draws_the_same_without_its_header(lora, tmp_path):
+    """The same picture, also after another program has saved the file."""
+    (tmp_path / "bare").mkdir()
+    save_file(load_file(lora / "student" / LORA_FILE), tmp_path / "bare" / LORA_FILE)
+    expected = picture(tmp_path / "out", lora)
+    assert picture(tmp_path / "again", tmp_path / "bare").tobytes() == expected.tobytes()
+
+
+def kohya(weights):
+    """The same weights under kohya's names."""
+    names = {
+        name: name.removeprefix("transformer.").replace("lora_A", "lora_down") for name in weights
+    }
+    return {"lora_unet_" + names[name].replace(".", "_"): x for name, x in weights.items()}
+
+
+WRONG_LORAS = {
+    "kohya": kohya,
+    "one more": lambda weights: weights | {"transformer.extra.lora_A.weight": torch.ones(4, 4)},
+    "one less": lambda weights: dict(list(weights.items())[1:]),
+    "no LoRA": lambda weights: {"x": torch.ones(2)},
+    "other shapes": lambda weights: {name: x.repeat(2, 2) for name, x in weights.items()},
+}
+
+
+BLAMES = "the sentence blames --teacher and does not name the student"
+WRONG = [*WRONG_LORAS][:-1]
+shapes = pytest.mark.xfail(strict=True, reason=BLAMES)
+
+
+@pytest.mark.parametrize("kind", [*WRONG, pytest.param("other shapes", marks=shapes)])
+def test_a_lora_that_does_not_fit_is_refused(kind, lora, tmp_path, capfd):
+    """Else --generate would draw the undistilled teacher."""
+    student = tmp_path / "student"
+    student.mkdir()
+    weights = load_file(lora / "student" / LORA_FILE)
+    save_file(WRONG_LORAS[kind](weights), student / LORA_FILE)
+    flags = ["--teacher", TEACHER, "--student", student, "--generate", "cat", "--device", "cpu"]
+    check_mistake(capfd, tmp_path, [*flags, "--output-dir", tmp_path / "out"], str(student))
+
+
+def test_lora_trains_both_attentions_of_sd35(tmp_path):
+    """SD3.5's attn2 is among the targets, and such a student can be drawn with."""
+    import diffusers
+
+    teacher = Path(shutil.copytree(TEACHER, tmp_path / "teacher"))
+    config = json.loads((teacher / "transformer" / "config.json").read_text())
+    config |= {"dual_attention_layers": [0, 1], "qk_norm": "rms_norm"}
+    torch.manual_seed(0)
+    net = diffusers.SD3Transformer2DModel.from_config(config)
+    net.save_pretrained(teacher / "transformer")
+    flags = ["--teacher", teacher]
+    run = finished(tmp_path / "run", "--iterations", 1, "--lora-rank", 4, *flags)
+    layers = {".".join(name.split(".")[1:5]) for name in load_file(run / "student" / LORA_FILE)}
+    for layer in ("to_q", "to_k", "to_v", "to_out"):
+        assert f"transformer_blocks.0.attn2.{layer}" in layers
+    assert len(draw(tmp_path / "out", run, "a face", flags=flags)) == 1
+
+
+# --- --generate. ---
+
+
+def test_two_students_draw_two_pictures(whole, lora, tmp_path):
+    """The same prompt, seed and folder: the first picture stays."""
+    (first,) = draw(tmp_path, whole, PROMPTS[0])
+    before = first.read_bytes()
+    assert [first] == draw(tmp_path, lora, PROMPTS[0])[:1]
+    assert len(draw(tmp_path, lora, PROMPTS[0])) == 3
+    assert first.read_bytes() == before
+
+
+def test_prompts_that_are_longer_than_file_names(whole, tmp_path):
+    """80 Chinese characters are 240 bytes. The prompt after them is drawn too."""
+    files = draw(tmp_path, whole, "日本の狐" * 20, "日本の狐" * 20 + "二", "/../" * 100, "?")
+    assert len(files) == 4
+    assert max(len(os.fsencode(file.name)) for file in files) < 200
