@@ -582,8 +582,8 @@ class Pipeline:
     A family has pipeline_class, transformer_class, left_out(args), sizes(), tokens(),
     embed(prompts), velocity(net, x_t, t, cond) and call_option(); SD3 documents them.
 
-    name, folder: the teacher's hub id or path, and where its files are; student: for sampling, a
-    folder whose network or LoRA replaces the teacher's.
+    name, folder: the teacher's hub id or path, and where its files are; absent: parts not to load,
+    {name: None}; student: for sampling, a folder whose network or LoRA replaces the teacher's.
     """
 
     lora_targets = (  # the authors': attention and feed-forward, of image and text
@@ -593,10 +593,11 @@ class Pipeline:
         "attn2.to_q attn2.to_k attn2.to_v attn2.to_out.0"  # SD3.5's second attention
     ).split()
 
-    def __init__(self, name, folder, args, device, student=None):
+    def __init__(self, name, folder, absent, args, device, student=None):
         import diffusers
 
         self.name = name
+        self.absent = absent
         self.device = device
         self.offload = args.offload_text_encoders
         use_bf16 = device.type == "cuda" or args.weights == "bfloat16"
@@ -604,21 +605,27 @@ class Pipeline:
         net_dtype = self.dtype
         if not student and not args.lora_rank:
             net_dtype = getattr(torch, args.weights)  # full fine-tuning trains these weights
-        files = [file.name for file in Path(folder, "transformer").glob("*.safetensors")]
-        variant = "fp16" if files and all(".fp16" in file for file in files) else None
+        variants = set()  # such as fp16, of a folder with model.fp16.safetensors alone
+        for file in Path(folder, "transformer").glob("*.safetensors"):
+            match = re.fullmatch(r"\w+\.(\w+?)(-\d+-of-\d+)?\.safetensors", file.name)
+            variants.add(match[1] if match else None)
+        variant = variants.pop() if len(variants) == 1 else None
         net_class = getattr(diffusers, self.transformer_class)
+        size = {}
+        if net_class.load_config(folder, subfolder="transformer").get("sample_size", 1) is None:
+            require(args.resolution, f"{name} does not say its size: give --resolution.")
+            size["sample_size"] = args.resolution  # diffusers cannot load the network without one
         is_lora = student and Path(student, LORA_FILE).exists()
         if student and not is_lora:
             net = net_class.from_pretrained(student, dtype=net_dtype)
         else:
             net = net_class.from_pretrained(
-                folder, subfolder="transformer", dtype=net_dtype, variant=variant
+                folder, subfolder="transformer", dtype=net_dtype, variant=variant, **size
             )
         if is_lora:
             add_lora(net, student)
-        given = self.left_out(args) | {"transformer": net}
         self.pipe = getattr(diffusers, self.pipeline_class).from_pretrained(
-            folder, dtype=self.dtype, variant=variant, **given
+            folder, dtype=self.dtype, variant=variant, transformer=net, **absent
         )
 
         self.transformer = net
@@ -660,6 +667,7 @@ class Pipeline:
             mu = config.base_shift + slope * (patches - config.base_image_seq_len)
             shift = math.exp(mu)
         agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+        agrees = agrees and not config.get("stochastic_sampling")
         if agrees:
             scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
             agrees = torch.allclose(scheduler.sigmas[:4].cpu(), uniform_times(4, shift), atol=1e-5)
@@ -722,7 +730,7 @@ class Pipeline:
 
     def card(self, folder, prompt, updates, args):
         """The README of an exported student: what it is, and the code that draws with it."""
-        parts = self.left_out(args)
+        parts = dict(self.absent)
         load = f'pipe.transformer.load_lora_adapter("{folder}", use_safetensors=True)'
         if not args.lora_rank:
             parts["transformer"] = None
@@ -879,16 +887,24 @@ def load_family(args, device, student=None):
     require(is_folder or is_hub_id, f"--teacher {name} is neither a folder nor a hub id: check it.")
     families = " or a ".join(FAMILIES)
     try:
-        index = Path(name, "model_index.json")
+        file = Path(name, "model_index.json")
         if is_hub_id:
-            index = Path(huggingface_hub.hf_hub_download(name, index.name))
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+            file = Path(huggingface_hub.hf_hub_download(name, file.name))
+        index = json.loads(file.read_text(encoding="utf-8"))
+        kind = index["_class_name"]
         require(kind in FAMILIES, f"--teacher {name} is a {kind}: give a {families}.")
         family = FAMILIES[kind]
+        absent = family.left_out(args)
         folder = name
         if is_hub_id:  # from the cache alone if the hub cannot be reached
-            folder = diffusers.DiffusionPipeline.download(name, **family.left_out(args))
-        return family(name, folder, args, device, student)
+            folder = diffusers.DiffusionPipeline.download(name, **absent)
+        for part, library in index.items():
+            if part.startswith(("text_encoder", "tokenizer", "transformer", "vae", "scheduler")):
+                if library == [None, None]:  # saved without this part
+                    absent[part] = None
+                there = part in absent or Path(folder, part).is_dir()
+                require(there, f"--teacher {name} lacks the folder {part}/: copy it, too.")
+        return family(name, folder, absent, args, device, student)
     except Mistake:
         raise
     except Exception as error:
@@ -896,8 +912,11 @@ def load_family(args, device, student=None):
         if is_hub_id:
             page = f"https://huggingface.co/{name}"
             advice = f": check it, accept its licence at {page} and log in with `hf auth login`"
-        reason = f"cannot be loaded as a {families}: {one_line(error)}{advice}."
-        raise Mistake(f"--teacher {name} {reason}") from None
+        who = f"--teacher {name}"
+        if student:
+            who += f" with --student {student}"
+        reason = one_line(error) + advice
+        raise Mistake(f"{who} cannot be loaded as a {families}: {reason}.") from None
 
 
 # ==================================================================================================
@@ -918,7 +937,7 @@ class Job:
     seed: int = 0  # seed of the run, or of --generate
     resume: bool = False  # continue the run in --output-dir
     lora_rank: int = 0  # 0: full fine-tuning; the authors' LoRA has rank 64
-    weights: Literal["float32", "bfloat16"] = "float32"  # of student, fake score, AdamW and EMA
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"  # what trains; auto: bf16 on a GPU
     save_every: int = 500  # iterations between checkpoints, of which the newest two are kept
     export_every: int = 0  # iterations between students that are kept; 0: the last one only
     sample_every: int = 500  # iterations between sample grids; 0: none
@@ -992,7 +1011,7 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """Raise Mistake for settings that cannot work."""
+    """Raise Mistake for settings that cannot work, and replace "auto"."""
     at_least_1 = "iterations save_every sample_count student_every max_schedule_steps".split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -1014,11 +1033,18 @@ def check(args):
         require(args.generate, "--student and --times go with --generate PROMPT.")
     if args.device == "cuda":
         require(torch.cuda.is_available(), "there is no CUDA device: use --device cpu.")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.weights == "auto":
+        args.weights = "bfloat16" if args.device == "cuda" else "float32"
 
 
 def read_prompts(path):
     """The lines of a UTF-8 file that are not blank, without duplicates."""
-    require(Path(path).suffix in ("", ".txt"), f"--prompts {path}: give plain text, a .txt file.")
+    require(
+        Path(path).suffix.lower() in ("", ".txt"),
+        f"--prompts {path}: give plain text, a .txt file.",
+    )
     try:
         text = Path(path).read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
     except (OSError, UnicodeDecodeError) as error:
@@ -1279,11 +1305,11 @@ class Run:
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         self.log_file.touch()
         kept = []
-        for line in self.log_file.read_text().splitlines():
+        for line in self.log_file.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["iteration"] <= self.k:
                     kept.append(line + "\n")
-            except ValueError:
+            except (ValueError, TypeError, KeyError):
                 print(f"cdm.py: dropped a damaged line of {self.log_file}")
         self.log_file.write_text("".join(kept))
 
@@ -1419,7 +1445,7 @@ class Run:
                 return self.load(folder)
             except Mistake:
                 raise
-            except Exception as error:
+            except (Exception, dcp.CheckpointException) as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
         require(not self.checkpoints(), f"--resume: no checkpoint in {self.folder} can be read.")
 
@@ -1471,6 +1497,8 @@ class Run:
                 if model.config.get("sample_size"):
                     model.register_to_config(sample_size=self.family.shape[-1])
                 model.save_pretrained(tmp)
+            # A LoRA file has no configuration that could say the resolution.
+            (tmp / "cdm.json").write_text(json.dumps({"resolution": self.family.resolution}))
             card = self.family.card(folder, self.prompts[0], self.student.updates, self.args)
             (tmp / "README.md").write_text(card, encoding="utf-8")
 
@@ -1492,6 +1520,8 @@ def generate(args, device):
         folder = Path(args.student)
     exists = args.student and folder.is_dir()
     require(exists, f"--student {args.student} is no folder: give a run's or a student's.")
+    if Path(folder, "cdm.json").exists() and not args.resolution:
+        args.resolution = json.loads(Path(folder, "cdm.json").read_text())["resolution"]
     family = load_family(args, device, folder)
     grids = {f"steps{n}": uniform_times(n, family.shift) for n in args.sample_steps}
     if args.times:
@@ -1572,7 +1602,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         device = torch.device("cpu")
-        if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
+        if args.device == "cuda":
             device = torch.device("cuda", local)
         if args.generate:
             generate(args, device)
