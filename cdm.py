@@ -46,7 +46,6 @@ import argparse
 import contextlib
 import copy
 import importlib.metadata
-import inspect
 import itertools
 import json
 import math
@@ -984,9 +983,10 @@ def parse_args(argv=None):
 
     parser.error = error
     defaults = Settings()
+    source = Path(__file__).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^    (\w+): [^#\n]* = [^#\n]*  # (.*)", source, re.M))
     for group in (Job, CDM, Memory, Sampling, AnchorAware):
         section = parser.add_argument_group(group.__doc__)
-        comments = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(group)))
         for name, kind in group.__annotations__.items():
             default = getattr(defaults, name)
             options = {"default": default, "help": comments[name]}

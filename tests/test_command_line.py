@@ -93,6 +93,7 @@ def test_cuda_asked_for_and_absent(tmp_path, capfd):
     check_mistake(capfd, tmp_path, flags, "CUDA")
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler(tmp_path):
     """Without a C++ compiler, --compile is a mistake."""
     env = {"PATH": str(tmp_path), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -158,8 +159,6 @@ INDEX = {
     "nameless": "{}",
     "binary": "\udcff",
     "other": '{"_class_name": "FluxPipeline"}',
-    "hollow": '{"_class_name": "StableDiffusion3Pipeline", '
-    '"transformer": ["diffusers", "SD3Transformer2DModel"]}',
 }
 
 
@@ -173,6 +172,13 @@ def test_a_folder_that_is_no_sd3_pipeline(kind, tmp_path, capfd):
         file.write_text(INDEX[kind], encoding="utf-8", errors="surrogateescape")
     flags = [*SMALL, "--teacher", folder, "--output-dir", tmp_path / "out"]
     check_mistake(capfd, tmp_path, flags, str(folder), "StableDiffusion3Pipeline")
+
+
+def test_a_folder_without_weights(tmp_path, capfd):
+    """A model_index.json alone: the sentence names the first folder that is not there."""
+    index = '{"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "x"]}'
+    (tmp_path / "model_index.json").write_text(index)
+    check_mistake(capfd, tmp_path, [*SMALL, "--teacher", tmp_path], str(tmp_path), "transformer/")
 
 
 def test_a_file_as_teacher(tmp_path, capfd):

@@ -96,6 +96,7 @@ def test_each_rank_saves_half(runs):
         assert 0.4 * whole < size < 0.6 * whole
 
 
+@pytest.mark.slow
 def test_a_batch_that_two_processes_cannot_share(tmp_path):
     """`--batch-size 3` on two processes: one sentence, no waiting for the other rank."""
     flags = [*SMALL, "--batch-size", "3", "--output-dir", tmp_path / "out"]
@@ -107,6 +108,7 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(tmp_path):
     """kill -9 of one of two processes: the launcher ends with an error, and does not hang."""
     out = tmp_path / "out"
