@@ -1272,6 +1272,10 @@ class Run:
             print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g},")
             print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
             family.say_what_is_cut(self.prompts)
+            if args.export_every:
+                count = args.iterations // args.export_every
+                size = sum(p.numel() * p.element_size() for p in self.ema.values()) / 1e9
+                print(f"    students/ will hold {count} students of {size:.2g} GB")
         ks = range(self.k + 1, args.iterations + 1)
         bar = tqdm(ks, initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:

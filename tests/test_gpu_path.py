@@ -51,7 +51,7 @@ LARGE = {"lora": ["loss_fake", "loss_ca", "grad_norm_fake", "grad_norm_student"]
 LARGE["whole"] = [*LARGE["lora"], "loss_dm", "loss_cdm"]
 
 
-# LoRA's B starts at 0, where AdamW's first steps enlarge the rounding: its first line alone is near.
+# LoRA's B starts at 0, where AdamW's first steps enlarge the rounding. Only its first line is near.
 COMPARED = {"whole": 3, "lora": 1}  # lines of the log, one for each student update
 
 

@@ -317,3 +317,22 @@ def test_ablations(flags, tmp_path, monkeypatch):
     if "fixed" in flags:
         assert line["N"] == 4
     assert (tmp_path / "out" / "student" / "config.json").exists()
+
+
+def test_students_along_the_way(tmp_path, capfd):
+    """--export-every keeps them all, loadable like student/. Their size is said at the start."""
+    folder = finished(tmp_path / "run", *ONE_SAVE, "--export-every", 3)
+    assert "2 students of 0.007 GB" in capfd.readouterr().out
+    names = sorted(path.name for path in (folder / "students").iterdir())
+    assert names == ["step_000003", "step_000006"]
+    last = load_file(folder / "students" / "step_000006" / "diffusion_pytorch_model.safetensors")
+    final = load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(last[name], final[name]) for name in final)
+
+
+def test_sample_grids_have_a_pair_of_rows_for_each_number_of_steps(tmp_path):
+    """The guided teacher's row, then teacher and student for each of --sample-steps."""
+    flags = [*ONE_SAVE, "--iterations", 2, "--sample-every", 2, "--sample-count", 2]
+    folder = finished(tmp_path / "run", *flags, "--sample-steps", 2, 1)
+    (grid,) = (folder / "samples").iterdir()
+    assert Image.open(grid).size == (2 * 100 - 4, 5 * 116)
