@@ -499,7 +499,7 @@ def require(condition, sentence):
 
 def one_line(error):
     """Both ends of an exception's message, as part of a sentence: either may be the useful one."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     return text if len(text) < 300 else f"{text[:120]} ... {text[-180:]}"
 
 
@@ -566,9 +566,15 @@ class Role:
 
 def add_lora(net, folder):
     """Add a LoRA file's weights to a network. Raises Mistake unless all of them fit."""
+    import diffusers
     from safetensors import safe_open
 
-    net.load_lora_adapter(folder, use_safetensors=True)
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.FATAL)  # one sentence is enough
+    try:
+        net.load_lora_adapter(folder, use_safetensors=True)
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
     found = sum("lora_" in name for name, _ in net.named_parameters())
     with safe_open(Path(folder, LORA_FILE), "pt") as file:
         fits = found == len(file.keys()) > 0
@@ -914,6 +920,8 @@ def load_family(args, device, student=None):
         who = f"--teacher {name}"
         if student:
             who += f" with --student {student}"
+        if is_hub_id:
+            who += " is no folder here, and"
         reason = one_line(error) + advice
         raise Mistake(f"{who} cannot be loaded as a {families}: {reason}.") from None
 
@@ -936,7 +944,7 @@ class Job:
     seed: int = 0  # seed of the run, or of --generate
     resume: bool = False  # continue the run in --output-dir
     lora_rank: int = 0  # 0: full fine-tuning; the authors' LoRA has rank 64
-    weights: Literal["auto", "float32", "bfloat16"] = "auto"  # what trains; auto: bf16 on a GPU
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"  # of what trains; auto: bf16 on GPUs
     save_every: int = 500  # iterations between checkpoints, of which the newest two are kept
     export_every: int = 0  # iterations between students that are kept; 0: the last one only
     sample_every: int = 500  # iterations between sample grids; 0: none
@@ -1135,8 +1143,8 @@ class Run:
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
         used = self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir()))
-        advice = "add --resume to continue a run, or choose another"
-        require(args.resume or not used, f"--output-dir {self.folder} is in use: {advice}.")
+        advice = "add --resume to continue its run, or choose another"
+        require(args.resume or not used, f"--output-dir {self.folder} is not empty: {advice}.")
         require(self.log_file.exists() or not args.resume, f"--resume: no run is in {self.folder}.")
         args.batch_size = args.batch_size or 16 * world
         least = world * (args.micro_batch_size or 1)
@@ -1522,8 +1530,8 @@ def generate(args, device):
     folder = Path(args.student, "student")
     if not folder.is_dir():
         folder = Path(args.student)
-    exists = args.student and folder.is_dir()
-    require(exists, f"--student {args.student} is no folder: give a run's or a student's.")
+    require(args.student, "--generate needs --student: give a run's folder.")
+    require(folder.is_dir(), f"--student {args.student} is no folder: give a run's or a student's.")
     if Path(folder, "cdm.json").exists() and not args.resolution:
         args.resolution = json.loads(Path(folder, "cdm.json").read_text())["resolution"]
     family = load_family(args, device, folder)
