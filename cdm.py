@@ -8,7 +8,7 @@ prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Im
     torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...       # many GPUs, FSDP2
     python cdm.py --teacher ... --student runs/cdm --generate "a red fox"
 
-Section 1 is the algorithm. It imports torch alone and works for any model.
+Section 1 is the algorithm. It uses torch alone and works for any model.
 Section 2 connects it to the two model families of diffusers. Section 3 runs it.
 
 Notation: t = 0 is data, t = 1 is noise, c is the prompt, (/) is the empty prompt, sg[] stops the
@@ -58,7 +58,7 @@ import sys
 import time
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -66,6 +66,10 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 # ==================================================================================================
 # 1. The algorithm.
@@ -169,26 +173,15 @@ def sample(model, noise, times, cond):
     return x
 
 
-# --------------------------------------------------------------------------------------------------
-# The losses (Eqs. 3-4; sec. 3.3). All are pseudo-target regressions:
-# x0_hat carries the student's gradient, and is pulled towards sg[x0_hat + w delta].
+# --- The losses (Eqs. 3-4; sec. 3.3). ---
 #
-# A new loss is a function here, a weight in CDM, a name in draw_iteration's `tau`, and a call in
-# cdm_iteration.
+# All are pseudo-target regressions: x0_hat carries the student's gradient, and is pulled towards
+# sg[x0_hat + w delta]. They return the loss and w, (B,). To add one, write a function here, give it
+# a weight in CDM, a name in draw_iteration's `tau`, and a call in cdm_iteration.
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
 # Adam does not see the difference. Gradient clipping does: its limit of 1.0 belongs to this one.
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Loss:
-    """What the student's losses return: the value, and two things to log."""
-
-    value: torch.Tensor  # scalar, with gradient
-    step: torch.Tensor  # (B, ...), w delta: where the loss pulls x0_hat
-    w: torch.Tensor  # (B,)
 
 
 def dmd_weight(d_real, x0_hat, floor=0.1):
@@ -199,8 +192,8 @@ def dmd_weight(d_real, x0_hat, floor=0.1):
 
 def pseudo_target_loss(x0_hat, delta, w):
     """|| x0_hat - sg[x0_hat + w delta] ||^2. x0_hat: (B, ...) with gradient; w: (B,)."""
-    step = (times_like(w, delta) * delta).detach()
-    return Loss(F.mse_loss(x0_hat, x0_hat.detach() + step), step, w)
+    target = x0_hat + times_like(w, delta) * delta
+    return F.mse_loss(x0_hat, target.detach())
 
 
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
@@ -214,7 +207,7 @@ def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
         d_cond = clean_estimate(z, tau, teacher(z, tau, cond))
         d_uncond = clean_estimate(z, tau, teacher(z, tau, uncond))
         w = dmd_weight(d_cond, x0_hat)  # of the conditional estimate, not of the guided one
-    return pseudo_target_loss(x0_hat, alpha * (d_cond - d_uncond), w)
+    return pseudo_target_loss(x0_hat, alpha * (d_cond - d_uncond), w), w
 
 
 def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
@@ -229,7 +222,7 @@ def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
         d_real = clean_estimate(z, tau, teacher(z, tau, cond))
         d_fake = clean_estimate(z, tau, fake_score(z, tau, cond))
         w = dmd_weight(d_real, x0_hat)
-    return pseudo_target_loss(x0_hat, d_real - d_fake, w)
+    return pseudo_target_loss(x0_hat, d_real - d_fake, w), w
 
 
 def fake_score_loss(fake_score, x0, cond, tau, noise):
@@ -351,15 +344,9 @@ class Learner:
         self.role = role
         self.cfg = cfg
         self.updates = 0
-        self.params = {}
-        for params, _ in groups:
-            self.params.update(params)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(params.values()), "base_lr": lr} for params, lr in groups],
-            lr=0.0,  # step() sets it
-            weight_decay=cfg.weight_decay,
-            fused=True,
-        )
+        self.params = {name: p for params, _ in groups for name, p in params.items()}
+        lrs = [{"params": list(params.values()), "base_lr": lr} for params, lr in groups]
+        self.optimizer = torch.optim.AdamW(lrs, weight_decay=cfg.weight_decay, fused=True)
         # AdamW would create its state at the first step. A resumed run fills it before that.
         for p in self.params.values():
             self.optimizer.state[p] = {
@@ -449,31 +436,29 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
     # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM.
     for (cond, uncond, d), (anchor, _, x_off) in zip(batches, points, strict=True):
+        tau, noise = d.tau, d.noise
         # L_CA and L_DM at the anchor, from one evaluation of the student.
         if cfg.ca_weight or cfg.dm_weight:
             x0_hat = student_estimate(anchor.x_t, anchor.t, cond)
             loss = 0
             if cfg.ca_weight:
-                ca = ca_loss(x0_hat, teacher, cond, uncond, d.tau["ca"], d.noise["ca"], cfg.alpha)
-                loss = loss + cfg.ca_weight * ca.value
-                record(loss_ca=ca.value, w_ca=ca.w.mean())
+                ca, w = ca_loss(x0_hat, teacher, cond, uncond, tau["ca"], noise["ca"], cfg.alpha)
+                loss = loss + cfg.ca_weight * ca
+                record(loss_ca=ca, w_ca=w.mean())
             if cfg.dm_weight:
                 fake = fake_from(anchor.t)
-                dm = dm_loss(x0_hat, teacher, fake, cond, d.tau["dm"], d.noise["dm"])
-                loss = loss + cfg.dm_weight * dm.value
-                record(loss_dm=dm.value, w_dm=dm.w.mean())
-            if cfg.ca_weight and cfg.dm_weight:
-                cosine = F.cosine_similarity(ca.step.flatten(1), dm.step.flatten(1))
-                record(cos_ca_dm=cosine.mean())
+                dm, w = dm_loss(x0_hat, teacher, fake, cond, tau["dm"], noise["dm"])
+                loss = loss + cfg.dm_weight * dm
+                record(loss_dm=dm, w_dm=w.mean())
             (scale * loss).backward()  # now, so that only one graph is in memory at a time
 
         # L_CDM off the trajectory, from another.
         if cfg.cdm_weight:
             x0_hat = student_estimate(x_off, d.t_off, cond)
             fake = fake_from(d.t_off)
-            cdm = dm_loss(x0_hat, teacher, fake, cond, d.tau["cdm"], d.noise["cdm"])
-            record(loss_cdm=cdm.value, w_cdm=cdm.w.mean())
-            (scale * cfg.cdm_weight * cdm.value).backward()
+            cdm, w = dm_loss(x0_hat, teacher, fake, cond, tau["cdm"], noise["cdm"])
+            (scale * cfg.cdm_weight * cdm).backward()
+            record(loss_cdm=cdm, w_cdm=w.mean())
     n = student.updates  # before this one
     stats["grad_norm_student"] = student.step()
     average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))  # theta_bar
@@ -482,9 +467,10 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
 # ==================================================================================================
 # 2. Model families: a diffusers pipeline as the algorithm needs it. A new family is a class beside
-#    SD3 and LongCatImage, named in FAMILIES. Pipeline says what such a class must have.
+#    SD3 and LongCatImage, named in FAMILIES. SD3 documents what such a class must have.
 # ==================================================================================================
 
+ASSETS = Path(__file__).parent / "assets"  # the default prompts, the exported student's README
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -525,11 +511,11 @@ class Role:
     teacher's is "", all adapters off. Without LoRA it is None.
     """
 
-    def __init__(self, transformer, family, adapter=None, anchor_time=None):
+    def __init__(self, transformer, family, adapter=None):
         self.transformer = transformer
         self.family = family
         self.adapter = adapter
-        self.anchor_time = anchor_time  # an AnchorTime, for the anchor-aware fake score
+        self.anchor_time = None  # an AnchorTime, for the anchor-aware fake score
 
     def activate(self, *_):
         """Switch the shared transformer to this role. Also a backward hook, hence the `*_`."""
@@ -548,10 +534,9 @@ class Role:
 
     def __call__(self, x_t, t, cond, anchor_t=None):
         self.activate()
-        bf16 = torch.bfloat16
-        enabled = self.family.dtype == bf16
+        bf16 = self.family.dtype == torch.bfloat16
         # No autocast cache: it would keep a bf16 copy of every weight.
-        with torch.autocast(x_t.device.type, bf16, enabled=enabled, cache_enabled=False):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             if anchor_t is not None:  # added to the last condition, to all its tokens alike
                 shown = self.anchor_time(anchor_t).to(cond[-1].dtype)
                 shown = shown.reshape(len(shown), *[1] * (cond[-1].ndim - 2), -1)
@@ -563,32 +548,29 @@ class Role:
             v.register_hook(self.activate)
         return v
 
+    def parameters(self):
+        """The parameters that train, by name. Two adapters of a network have the same names."""
+        params = dict(self.transformer.named_parameters())
+        if self.adapter:
+            key = f".{self.adapter}."
+            params = {name.replace(key, "."): p for name, p in params.items() if key in name}
+        return params
+
 
 def add_lora(net, folder):
     """Add a LoRA file's weights to a network. Raises Mistake unless all of them fit."""
-    import diffusers
-    from safetensors import safe_open
-
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.FATAL)  # one sentence is enough
-    try:
-        net.load_lora_adapter(folder, use_safetensors=True)
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
+    weights = load_file(Path(folder, LORA_FILE))
+    net.load_lora_adapter(weights)
     found = sum("lora_" in name for name, _ in net.named_parameters())
-    with safe_open(Path(folder, LORA_FILE), "pt") as file:
-        fits = found == len(file.keys()) > 0
+    fits = found == len(weights) > 0
     require(fits, f"the LoRA in {folder} does not fit this teacher: give one made from it.")
 
 
 class Pipeline:
-    """A diffusers pipeline: conditions, latent shape, time shift, sampling, decoding.
+    """What the families share: loading, conditions, latent shape, time shift, decoding.
 
-    A family has pipeline_class, transformer_class, left_out(args), sizes(), tokens(),
-    embed(prompts), velocity(net, x_t, t, cond) and call_option(); SD3 documents them.
-
-    name, folder: the teacher's hub id or path, and where its files are; absent: parts not to load,
-    {name: None}; student: for sampling, a folder whose network or LoRA replaces the teacher's.
+    folder: the teacher's files; absent: parts not to load, {name: None}; student: for sampling, a
+    folder whose network or LoRA replaces the teacher's.
     """
 
     lora_targets = (  # the authors': attention and feed-forward, of image and text
@@ -599,68 +581,52 @@ class Pipeline:
     ).split()
 
     def __init__(self, name, folder, absent, args, device, student=None):
-        import diffusers
+        from diffusers import AutoModel, DiffusionPipeline
 
         self.name = name
         self.absent = absent
         self.device = device
         self.offload = args.offload_text_encoders
-        use_bf16 = device.type == "cuda" or args.weights == "bfloat16"
-        self.dtype = torch.bfloat16 if use_bf16 else torch.float32
-        net_dtype = self.dtype
-        if not student and not args.lora_rank:
-            net_dtype = getattr(torch, args.weights)  # full fine-tuning trains these weights
-        variants = set()  # such as fp16, of a folder with model.fp16.safetensors alone
-        for file in Path(folder, "transformer").glob("*.safetensors"):
-            match = re.fullmatch(r"\w+\.(\w+?)(-\d+-of-\d+)?\.safetensors", file.name)
-            variants.add(match[1] if match else None)
-        variant = variants.pop() if len(variants) == 1 else None
-        net_class = getattr(diffusers, self.transformer_class)
-        size = {}
-        if net_class.load_config(folder, subfolder="transformer").get("sample_size", 1) is None:
+        weights = getattr(torch, args.weights)  # of what trains; all else is bf16 on a GPU
+        self.dtype = torch.bfloat16 if device.type == "cuda" else weights
+        options = {"subfolder": "transformer", "variant": None}
+        files = [file.name.split(".") for file in Path(folder, "transformer").glob("*.safetensors")]
+        if files and all(len(parts) == 3 for parts in files):  # only such as model.fp16.safetensors
+            options["variant"] = files[0][1].split("-")[0]
+        config = json.loads(Path(folder, "transformer", "config.json").read_text())
+        if config.get("sample_size", 1) is None:
             require(args.resolution, f"{name} does not say its size: give --resolution.")
-            size["sample_size"] = args.resolution  # diffusers cannot load the network without one
+            options["sample_size"] = args.resolution  # diffusers cannot load it without one
         is_lora = student and Path(student, LORA_FILE).exists()
         if student and not is_lora:
-            net = net_class.from_pretrained(student, dtype=net_dtype)
+            net = AutoModel.from_pretrained(str(student), dtype=weights)
         else:
-            net = net_class.from_pretrained(
-                folder, subfolder="transformer", dtype=net_dtype, variant=variant, **size
-            )
+            net = AutoModel.from_pretrained(folder, dtype=weights, **options)
         if is_lora:
             add_lora(net, student)
-        self.pipe = getattr(diffusers, self.pipeline_class).from_pretrained(
-            folder, dtype=self.dtype, variant=variant, transformer=net, **absent
+        self.transformer = net
+        self.pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=self.dtype, variant=options["variant"], transformer=net, **absent
         )
 
-        self.transformer = net
-        self.encoders = []
-        for name, part in self.pipe.components.items():
-            if part and name.startswith("text_encoder"):
-                self.encoders.append(part)
+        parts = self.pipe.components.items()
+        self.encoders = [part for key, part in parts if part and key.startswith("text_encoder")]
         for module in [*self.encoders, self.pipe.vae, net]:
             module.requires_grad_(False).eval().to(device)
-        self.resolution, self.shape = self.geometry(args.resolution)
+        scale = self.pipe.vae_scale_factor
+        self.resolution = args.resolution or self.pipe.default_sample_size * scale
+        largest = 2 * scale * net.config.get("pos_embed_max_size", 256)
+        fits = self.resolution % (2 * scale) == 0 and self.resolution <= largest
+        advice = f"give a multiple of {2 * scale} up to {largest}"
+        require(fits, f"--resolution {self.resolution} does not fit {name}: {advice}.")
+        side = self.resolution // scale
+        self.shape = (self.pipe.vae.config.latent_channels, side, side)
         self.timesteps = self.pipe.scheduler.config.num_train_timesteps
-        self.shift, self.mu = self.time_shift()
+        self.shift = self.time_shift()
         self.empty = self.encode([""])
 
-    def geometry(self, resolution):
-        """Pixels a side, the teacher's own unless given, and the latents' shape (C, h, w)."""
-        own, multiple, largest = self.sizes()
-        resolution = resolution or own
-        require(resolution, f"{self.name} does not say its size: give --resolution.")
-        fits = resolution % multiple == 0 and resolution <= largest
-        advice = f"give a multiple of {multiple} up to {largest}"
-        require(fits, f"--resolution {resolution} does not fit {self.name}: {advice}.")
-        side = resolution // self.pipe.vae_scale_factor
-        return resolution, (self.pipe.vae.config.latent_channels, side, side)
-
     def time_shift(self):
-        """The shift of the teacher's scheduler, and the mu of a dynamic shift, or None.
-
-        Raises Mistake if the scheduler does anything else to the times than shift_times does.
-        """
+        """The shift of the teacher's scheduler. Raises Mistake if it does more than shift times."""
         scheduler = self.pipe.scheduler
         config = scheduler.config
         shift = config.get("shift", 1.0)
@@ -668,8 +634,8 @@ class Pipeline:
         if config.get("use_dynamic_shifting"):  # mu is linear in the number of image tokens
             slope = config.max_shift - config.base_shift
             slope /= config.max_image_seq_len - config.base_image_seq_len
-            patches = self.shape[1] * self.shape[2] / 4  # of 2 x 2 latents each
-            mu = config.base_shift + slope * (patches - config.base_image_seq_len)
+            tokens = self.shape[1] * self.shape[2] / 4  # of 2 x 2 latents each
+            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
             shift = math.exp(mu)
         agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
         agrees = agrees and not config.get("stochastic_sampling")
@@ -678,12 +644,7 @@ class Pipeline:
             agrees = torch.allclose(scheduler.sigmas[:4].cpu(), uniform_times(4, shift), atol=1e-5)
         advice = "give the teacher a plain FlowMatchEulerDiscreteScheduler"
         require(agrees, f"the scheduler of {self.name} does more than shift the times: {advice}.")
-        return shift, mu
-
-    def teacher_times(self, steps):
-        """The times at which diffusers samples the teacher by default, (steps,)."""
-        self.pipe.scheduler.set_timesteps(steps, mu=self.mu)
-        return self.pipe.scheduler.sigmas[:-1].cpu()
+        return shift
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -696,14 +657,16 @@ class Pipeline:
                 encoder.to("cpu")
         return cond
 
-    def say_what_is_cut(self, prompts):
-        """Print how many prompts are longer than a text encoder reads."""
+    def check_prompts(self, prompts):
+        """Print how many prompts are cut. Raises Mistake if an encoder cannot tell two apart."""
         for key, tokenizer in self.pipe.components.items():
             encoder = self.pipe.components.get(key.replace("tokenizer", "text_encoder"))
-            if tokenizer and encoder and key.startswith("tokenizer"):
+            if key.startswith("tokenizer") and tokenizer and encoder:
+                fox, cat = tokenizer(["a red fox", "a blue cat"]).input_ids
+                advice = "give a complete one"
+                require(fox != cat, f"to the {key} of {self.name} all prompts are alike: {advice}.")
                 limit = min(tokenizer.model_max_length, self.tokens())
-                lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
-                count = sum(n > limit for n in lengths)
+                count = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
                 if count:
                     print(f"cdm.py: {key} cuts {count} of {len(prompts)} prompts at {limit} tokens")
 
@@ -728,75 +691,42 @@ class Pipeline:
         images = []
         for i, z in enumerate(noise):
             x0 = sample(model, z.to(self.device), times, take(cond, slice(i, i + 1)))
+            require(x0.isfinite().all(), f"{self.name} draws images that are not finite.")
             latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
             pixels = vae.decode(latents.to(vae.dtype)).sample.float()
             images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
         return images
 
-    def card(self, folder, prompt, updates, args):
+    def card(self, folder, prompt, updates, lora):
         """The README of an exported student: what it is, and the code that draws with it."""
-        parts = dict(self.absent)
+        absent = dict(self.absent)
         load = f'pipe.transformer.load_lora_adapter("{folder}", use_safetensors=True)'
-        if not args.lora_rank:
-            parts["transformer"] = None
-            network = f'diffusers.{self.transformer_class}.from_pretrained("{folder}"'
-            load = f"pipe.transformer = {network}, dtype=torch.bfloat16)"
-        return CARD.format(
-            teacher=self.name,
-            updates=updates,
-            pipeline=self.pipeline_class,
-            parts="".join(f"{part}=None, " for part in parts),
-            load=load,
-            prompt=repr(prompt),
-            options=f"height={self.resolution}, width={self.resolution}, {self.call_option()}",
+        if not lora:
+            absent["transformer"] = None
+            network = f'diffusers.AutoModel.from_pretrained("{folder}", dtype=torch.bfloat16)'
+            load = f"pipe.transformer = {network}"
+        options = {"height": self.resolution, "width": self.resolution, "guidance_scale": 1.0}
+        return (
+            Path(ASSETS, "student_README.md")
+            .read_text(encoding="utf-8")
+            .format(
+                teacher=self.name,
+                updates=updates,
+                absent="".join(f"{part}=None, " for part in absent),
+                load=load,
+                prompt=repr(prompt),
+                options=options | self.call_options(),
+            )
         )
-
-
-CARD = """---
-base_model: {teacher}
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# A 4-step student of {teacher}
-
-The EMA after {updates} updates of CDM, Continuous-Time Distribution Matching (arXiv:2605.06376).
-
-```python
-import diffusers, torch
-
-pipe = diffusers.{pipeline}.from_pretrained("{teacher}", {parts}dtype=torch.bfloat16)
-{load}
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe(
-    {prompt},
-    num_inference_steps=4,
-    sigmas=[1.0, 0.75, 0.5, 0.25],
-    guidance_scale=1.0,
-    {options},
-).images[0]
-image.save("image.png")
-```
-"""
 
 
 class SD3(Pipeline):
     """Stable Diffusion 3. cond: text (B, tokens, width) and pooled (B, width) embeddings."""
 
-    pipeline_class = "StableDiffusion3Pipeline"
-    transformer_class = "SD3Transformer2DModel"
-
     @staticmethod
     def left_out(args):
         """Parts not to load, as {name: None}. T5's tokenizer stays: it says the prompts' length."""
         return {"text_encoder_3": None} if args.no_t5 else {}
-
-    def sizes(self):
-        """The teacher's own resolution (0: unknown), what must divide one, the largest."""
-        config = self.transformer.config
-        scale = self.pipe.vae_scale_factor
-        multiple = config.patch_size * scale
-        return (config.sample_size or 0) * scale, multiple, config.pos_embed_max_size * multiple
 
     def tokens(self):
         """The longest text sequence: T5's. CLIP's is shorter."""
@@ -825,28 +755,18 @@ class SD3(Pipeline):
             return_dict=False,
         )[0]
 
-    def call_option(self):
+    def call_options(self):
         """What the pipeline's call needs besides, for the exported student's README."""
-        return f"max_sequence_length={self.tokens()}"
+        return {"max_sequence_length": self.tokens()}
 
 
 class LongCatImage(Pipeline):
     """LongCat-Image. cond: text embeddings (B, 512, width) alone."""
 
-    pipeline_class = "LongCatImagePipeline"
-    transformer_class = "LongCatImageTransformer2DModel"
-
     @staticmethod
     def left_out(args):
         require(not args.no_t5, "--no-t5: LongCat-Image has no T5, leave the flag out.")
         return {"text_processor": None}  # it rewrites prompts
-
-    def sizes(self):
-        scale = self.pipe.vae_scale_factor
-        return self.pipe.default_sample_size * scale, 2 * scale, 4096
-
-    def teacher_times(self, steps):
-        return uniform_times(steps, self.shift)  # its pipeline gives its scheduler all sigmas
 
     def tokens(self):
         return self.pipe.tokenizer_max_length
@@ -869,8 +789,8 @@ class LongCatImage(Pipeline):
         )[0]
         return F.pixel_shuffle(v.mT.reshape(tokens.shape), 2)
 
-    def call_option(self):
-        return "enable_prompt_rewrite=False"
+    def call_options(self):
+        return {"enable_prompt_rewrite": False}
 
 
 FAMILIES = {"StableDiffusion3Pipeline": SD3, "LongCatImagePipeline": LongCatImage}
@@ -904,25 +824,22 @@ def load_family(args, device, student=None):
         if is_hub_id:  # from the cache alone if the hub cannot be reached
             folder = diffusers.DiffusionPipeline.download(name, **absent)
         for part, library in index.items():
-            if part.startswith(("text_encoder", "tokenizer", "transformer", "vae", "scheduler")):
-                if library == [None, None]:  # saved without this part
-                    absent[part] = None
-                there = part in absent or Path(folder, part).is_dir()
-                require(there, f"--teacher {name} lacks the folder {part}/: copy it, too.")
+            if part.startswith(("text_encoder", "tokenizer")) and library == [None, None]:
+                absent[part] = None  # saved without this part
+            needed = isinstance(library, list) and library[0] and part not in absent
+            there = not needed or Path(folder, part).is_dir()
+            require(there, f"--teacher {name} lacks the folder {part}/: copy it, too.")
         return family(name, folder, absent, args, device, student)
     except Mistake:
         raise
     except Exception as error:
-        advice = ""
-        if is_hub_id:
-            page = f"https://huggingface.co/{name}"
-            advice = f": check it, accept its licence at {page} and log in with `hf auth login`"
         who = f"--teacher {name}"
         if student:
             who += f" with --student {student}"
+        reason = one_line(error)
         if is_hub_id:
-            who += " is no folder here, and"
-        reason = one_line(error) + advice
+            page = f"https://huggingface.co/{name}"
+            reason += f": check the name, accept the licence at {page} and run `hf auth login`"
         raise Mistake(f"{who} cannot be loaded as a {families}: {reason}.") from None
 
 
@@ -944,7 +861,7 @@ class Job:
     seed: int = 0  # seed of the run, or of --generate
     resume: bool = False  # continue the run in --output-dir
     lora_rank: int = 0  # 0: full fine-tuning; the authors' LoRA has rank 64
-    weights: Literal["auto", "float32", "bfloat16"] = "auto"  # of what trains; auto: bf16 on GPUs
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks; auto: bf16 on GPUs
     save_every: int = 500  # iterations between checkpoints, of which the newest two are kept
     export_every: int = 0  # iterations between students that are kept; 0: the last one only
     sample_every: int = 500  # iterations between sample grids; 0: none
@@ -997,21 +914,19 @@ def parse_args(argv=None):
         section = parser.add_argument_group(group.__doc__)
         for name, kind in group.__annotations__.items():
             default = getattr(defaults, name)
-            options = {"default": default, "help": comments[name]}
-            if default:
-                options["help"] += f" (default: {default})"
+            options = {"type": kind}
             if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+                options = {"action": argparse.BooleanOptionalAction if default else "store_true"}
             elif get_origin(kind) is list:
-                options |= {"type": get_args(kind)[0], "nargs": "+"}
+                options = {"type": get_args(kind)[0], "nargs": "+"}
             elif get_origin(kind) is Literal:
-                options["choices"] = get_args(kind)
-            else:
-                options["type"] = kind
-            section.add_argument("--" + name.replace("_", "-"), **options)
+                options = {"choices": get_args(kind)}
+            text = comments[name] + (f" (default: {default})" if default else "")
+            flag = "--" + name.replace("_", "-")
+            section.add_argument(flag, default=default, help=text, **options)
     args = Settings(**vars(parser.parse_args(argv)))
     args.output_dir = args.output_dir or ("runs/images" if args.generate else "runs/cdm")
-    args.prompts = args.prompts or Path(__file__).parent / "assets" / "prompts.txt"
+    args.prompts = args.prompts or str(ASSETS / "prompts.txt")
     for name in ("teacher", "prompts", "output_dir", "student"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     check(args)
@@ -1034,35 +949,31 @@ def check(args):
     require(0 < args.tau_min < args.tau_max < 1, "0 < --tau-min < --tau-max < 1 must hold.")
     steps = args.sample_steps
     require(1 <= min(steps) <= max(steps) <= 50, f"--sample-steps {steps}: give 1 to 50.")
-    falling = all(t > s > 0 for t, s in itertools.pairwise(args.times))
     if args.times:
-        require(args.times[0] == 1 and falling, "--times must start at 1, fall, and stay above 0.")
-    if args.student or args.times:
-        require(args.generate, "--student and --times go with --generate PROMPT.")
-    if args.device == "cuda":
-        require(torch.cuda.is_available(), "there is no CUDA device: use --device cpu.")
+        falling = args.times[0] == 1 and all(t > s > 0 for t, s in itertools.pairwise(args.times))
+        require(falling, "--times must start at 1, fall, and stay above 0.")
+    drawing = args.generate or not (args.student or args.times)
+    require(drawing, "--student and --times go with --generate PROMPT.")
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "there is no CUDA device: use --device cpu.")
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if cuda else "cpu"
     if args.weights == "auto":
         args.weights = "bfloat16" if args.device == "cuda" else "float32"
 
 
 def read_prompts(path):
     """The lines of a UTF-8 file that are not blank, without duplicates."""
-    require(
-        Path(path).suffix.lower() in ("", ".txt"),
-        f"--prompts {path}: give plain text, a .txt file.",
-    )
+    path = Path(path)
+    require(path.suffix.lower() in ("", ".txt"), f"--prompts {path}: give plain text, a .txt file.")
     try:
-        text = Path(path).read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
+        text = path.read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
     except (OSError, UnicodeDecodeError) as error:
         reason = one_line(error)
         raise Mistake(f"--prompts {path} cannot be read: {reason}: give UTF-8 text.") from None
-    lines = [line.strip() for line in text.split("\n")]
-    prompts = list(dict.fromkeys(line for line in lines if line))
-    require(prompts, f"--prompts {path} holds no prompt: write one a line.")
-    plain = "\0" not in text and not prompts[0].startswith(("{", "["))
-    require(plain, f"--prompts {path} is not plain UTF-8 text: give one prompt a line.")
+    prompts = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+    plain = prompts and "\0" not in text and not prompts[0].startswith(("{", "["))
+    require(plain, f"--prompts {path} holds no prompt that is plain text: give one prompt a line.")
     return prompts
 
 
@@ -1085,26 +996,9 @@ def shard(net, parts, device):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def check_compiler(device):
-    """Raise Mistake if torch.compile does not work on this machine."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(2, device=device))
-    except Exception as error:
-        raise Mistake(f"--compile cannot work here, leave it out: {one_line(error)}") from None
-
-
 def full(x):
     """Gather a sharded tensor from all ranks; return any other tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def trained_parameters(role):
-    """A role's trained parameters by name; the two adapters of one network get the same names."""
-    params = dict(role.transformer.named_parameters())
-    if not role.adapter:
-        return params
-    key = f".{role.adapter}."
-    return {name.replace(key, "."): p for name, p in params.items() if key in name}
 
 
 def draw_grid(rows, path):
@@ -1119,7 +1013,7 @@ def draw_grid(rows, path):
         for x, image in enumerate(images):
             image = image.resize((side, side), Image.Resampling.BOX)  # pixels stay squares
             grid.paste(image, (x * (side + 4), top + 20))
-    grid.save(path)
+    grid.save(path, "PNG")
 
 
 class Run:
@@ -1127,7 +1021,7 @@ class Run:
 
     A resumed run is exactly the run that never stopped: save() writes every tensor that training
     changes, and all else is a function of the settings and of k, the iterations done, because every
-    random draw is seeded with (seed, k). identity() holds what must agree. On a CPU with the same
+    random draw is seeded with (seed, k). settings() holds what must agree. On a CPU with the same
     number of threads the result is the same bit for bit. GPUs and other numbers of processes sum in
     another order, and agree to rounding.
     """
@@ -1139,12 +1033,11 @@ class Run:
         self.world = world
         self.k = 0
         self.stop = False  # a signal sets it
-        self.reference = []  # the teacher's rows of the sample grid
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
-        used = self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir()))
+        free = args.resume or not any(self.folder.glob("*"))
         advice = "add --resume to continue its run, or choose another"
-        require(args.resume or not used, f"--output-dir {self.folder} is not empty: {advice}.")
+        require(free, f"--output-dir {self.folder} is not empty: {advice}.")
         require(self.log_file.exists() or not args.resume, f"--resume: no run is in {self.folder}.")
         args.batch_size = args.batch_size or 16 * world
         least = world * (args.micro_batch_size or 1)
@@ -1152,24 +1045,20 @@ class Run:
         require(args.batch_size % least == 0, f"--batch-size {args.batch_size} {rule}.")
         self.batch = args.batch_size // world
         if not args.micro_batch_size:
-            args.micro_batch_size = self.batch
-            if device.type == "cuda":
-                args.micro_batch_size = math.gcd(self.batch, 4)
+            args.micro_batch_size = math.gcd(self.batch, 4) if device.type == "cuda" else self.batch
 
-        if args.compile:
-            check_compiler(device)
         self.prompts = read_prompts(args.prompts)
         self.family = load_family(args, device)
         if args.lora_rank:
-            self.build(*self.lora_networks())
+            self.build(*self.lora_roles())
         else:
-            self.build(*self.full_networks())
+            self.build(*self.full_roles())
         self.rehearse()
         if args.resume:
             self.resume()
 
-    def full_networks(self):
-        """Full fine-tuning: three networks."""
+    def full_roles(self):
+        """Full fine-tuning: three networks, for teacher, student and fake score."""
         student = self.family.transformer
         fake_score = copy.deepcopy(student)
         teacher = copy.deepcopy(student).to(self.family.dtype)
@@ -1178,9 +1067,9 @@ class Run:
             teacher.get_buffer(name).data = buffer.clone()
         student.requires_grad_(True)
         fake_score.requires_grad_(True)
-        return {"teacher": teacher, "student": student, "fake_score": fake_score}, {}
+        return [Role(net, self.family) for net in (teacher, student, fake_score)]
 
-    def lora_networks(self):
+    def lora_roles(self):
         """LoRA: one frozen network with two adapters. With both off it is the teacher; see Role."""
         from peft import LoraConfig
 
@@ -1193,14 +1082,12 @@ class Run:
         for name, p in net.named_parameters():
             if "lora_" in name:
                 p.data = p.data.float()
-        adapters = {"teacher": "", "student": "student", "fake_score": "fake_score"}
-        return dict.fromkeys(adapters, net), adapters
+        return [Role(net, self.family, adapter) for adapter in ("", "student", "fake_score")]
 
-    def build(self, nets, adapters):
-        """The three roles as models, Learners of two of them, and the student's EMA."""
+    def build(self, teacher, student, fake):
+        """From the three roles: Learners of two of them, and the student's EMA."""
         args = self.args
-        self.family.pipe.transformer = nets["teacher"]  # diffusers' pipeline stays the teacher's
-        for net in set(nets.values()):
+        for net in dict.fromkeys(role.transformer for role in (teacher, student, fake)):
             if args.compile:
                 torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
                 for block in blocks(net):
@@ -1208,49 +1095,46 @@ class Run:
             if self.world > 1:
                 shard(net, blocks(net), self.device)
         if args.gradient_checkpointing:
-            nets["student"].enable_gradient_checkpointing()
-            nets["fake_score"].enable_gradient_checkpointing()
-
-        self.teacher = Role(nets["teacher"], self.family, adapters.get("teacher"))
-        student = Role(nets["student"], self.family, adapters.get("student"))
-        fake = Role(nets["fake_score"], self.family, adapters.get("fake_score"))
-        groups = [(trained_parameters(fake), args.fake_lr)]
+            student.transformer.enable_gradient_checkpointing()
+            fake.transformer.enable_gradient_checkpointing()
+        groups = [(fake.parameters(), args.fake_lr)]
         if args.anchor_aware_fake:
-            fake.anchor_time = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
+            layer = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
             if self.world > 1:
-                shard(fake.anchor_time, [], self.device)
-            layer = fake.anchor_time.named_parameters()
-            groups.append(({f"anchor_time.{name}": p for name, p in layer}, args.anchor_lr))
+                shard(layer, [], self.device)
+            fake.anchor_time = layer
+            params = {f"anchor_time.{name}": p for name, p in layer.named_parameters()}
+            groups.append((params, args.anchor_lr))
+        self.teacher = teacher
         self.fake_score = Learner(fake, groups, args)
-        self.student = Learner(student, [(trained_parameters(student), args.student_lr)], args)
+        self.student = Learner(student, [(student.parameters(), args.student_lr)], args)
         self.ema = {name: p.detach().clone() for name, p in self.student.params.items()}
 
-    @torch.no_grad()
+    def stop_soon(self, number, _):
+        """Handle a signal: the first one stops after this iteration, the second one now."""
+        # Under torchrun a process gets Ctrl-C twice: from the terminal and from the launcher.
+        if self.stop and self.world == 1:
+            raise KeyboardInterrupt
+        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        if self.rank == 0 and not self.stop:
+            again = "; again to stop now" if self.world == 1 else ""
+            print(f"\ncdm.py: stopping after this iteration{again}.", file=sys.stderr)
+        self.stop = True
+
     def rehearse(self):
         """Try now what the run needs later: encode, sample, decode. Raises Mistake if it fails."""
         family = self.family
-        # Equal numbers of words: without a vocabulary, prompts would differ in length alone.
-        prompts = ["a red fox", "a blue cat"]
-        outputs = []
-
-        def remember(encoder, inputs, output):
-            outputs.append((type(encoder).__name__, output[0]))
-
-        hooks = [encoder.register_forward_hook(remember) for encoder in family.encoders]
-        cond = family.encode(prompts)
-        for hook in hooks:
-            hook.remove()
-        for name, output in outputs:
-            same = torch.equal(output[0], output[1])
-            advice = "is its tokenizer complete?"
-            require(not same, f"to the {name} of {family.name} all prompts are the same: {advice}")
-        noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
-        times = uniform_times(2, family.shift)
-        x0 = sample(self.teacher, noise.to(self.device), times, take(cond, slice(1)))
-        advice = "check the teacher's weights"
-        require(x0.isfinite().all(), f"samples of {family.name} are not finite: {advice}.")
-        if self.args.sample_every:
-            family.images(self.teacher, [noise], times[:1], prompts[:1])
+        if self.rank == 0:
+            family.check_prompts(self.prompts)
+        try:
+            noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
+            times = uniform_times(2, family.shift)
+            images = family.images(self.teacher, [noise], times, self.prompts[:1])
+            draw_grid([("rehearsal", images)], os.devnull)
+        except RuntimeError as error:  # without a compiler, or one that works, for example
+            hint = " Leave out --compile." if self.args.compile else ""
+            raise Mistake(f"{family.name} cannot draw here: {one_line(error)}.{hint}") from None
 
     def micro_batches(self, k):
         """Iteration k's (cond, uncond, Draw) for this rank, in micro-batches."""
@@ -1271,19 +1155,9 @@ class Run:
 
     def train(self):
         """Iterate, log, save, sample; at the end, or after a signal, export."""
-        from tqdm import tqdm
-
         args = self.args
-        family = self.family
         if self.rank == 0:
-            self.start_log()
-            print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g},")
-            print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
-            family.say_what_is_cut(self.prompts)
-            if args.export_every:
-                count = args.iterations // args.export_every
-                size = sum(p.numel() * p.element_size() for p in self.ema.values()) / 1e9
-                print(f"    students/ will hold {count} students of {size:.2g} GB")
+            self.begin()
         ks = range(self.k + 1, args.iterations + 1)
         bar = tqdm(ks, initial=self.k, total=args.iterations, disable=self.rank > 0)
         for k in bar:
@@ -1312,18 +1186,32 @@ class Run:
         if self.rank == 0:
             self.say_what_to_do_next()
 
-    def start_log(self):
-        """Drop damaged lines of the log, and iterations that will be repeated."""
+    def begin(self):
+        """Say what is trained on what. The log starts as it was at the checkpoint."""
+        args = self.args
+        family = self.family
+        print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g},")
+        print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
+        if args.export_every:
+            size = sum(p.numel() * p.element_size() for p in self.ema.values()) / 1e9
+            print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        self.log_file.touch()
-        kept = []
-        for line in self.log_file.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["iteration"] <= self.k:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                print(f"cdm.py: dropped a damaged line of {self.log_file}")
-        self.log_file.write_text("".join(kept))
+        log = ""
+        if self.k:
+            checkpoint = self.folder / f"checkpoint_{self.k:06d}"
+            log = (checkpoint / self.log_file.name).read_text()
+            print(f"    continuing from {checkpoint}, with the log as it was there")
+        self.log_file.write_text(log)
+
+    def say_what_to_do_next(self):
+        """The last lines on the terminal."""
+        print(f"cdm.py: {self.folder}/student is the student of iteration {self.k}.")
+        if self.args.sample_every:
+            print(f"Look at {self.folder}/samples/step_{self.k:06d}.png.")
+        example = f"--student {self.folder} --generate {shlex.quote(self.prompts[0])}"
+        print(f"Draw with python cdm.py --teacher {self.args.teacher} {example}")
+        if self.k < self.args.iterations:
+            print("The same command with --resume continues the run.")
 
     def average(self, stats):
         """An iteration's values, averaged over ranks, and whether any rank was told to stop."""
@@ -1334,11 +1222,10 @@ class Run:
         *numbers, stop = (values / self.world).tolist()  # the only place where the loop waits
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        if bad:
-            advice = "start again with lower learning rates"
-            if self.checkpoints():
-                advice = "--resume the last checkpoint with lower --student-lr and --fake-lr"
-            raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
+        advice = "start again with lower learning rates"
+        if self.checkpoints():
+            advice = "--resume the last checkpoint with lower --student-lr and --fake-lr"
+        require(not bad, f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
     @torch.no_grad()
@@ -1353,28 +1240,38 @@ class Run:
         """samples/step_NNNNNN.png: the EMA student's images under the teacher's."""
         args = self.args
         family = self.family
-        grids = {n: uniform_times(n, family.shift) for n in args.sample_steps}
         prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
         noise = []
         for i in range(args.sample_count):
             gen = generator(args.seed, "sample", i)
             noise.append(torch.randn(1, *family.shape, generator=gen))
-        if not self.reference:  # drawn once
-            scale = 1 + args.alpha if args.ca_weight else 1
-            guided = family.guided(self.teacher, scale)
-            images = family.images(guided, noise, family.teacher_times(28), prompts)
-            self.reference.append((f"teacher, 28 steps, guidance {scale:g}", images))
-            for n, times in grids.items():
-                images = family.images(self.teacher, noise, times, prompts)
-                self.reference.append((f"teacher, steps: {n}", images))
-        rows = self.reference[:1]
-        self.swap_ema()
-        for teacher_row, (n, times) in zip(self.reference[1:], grids.items(), strict=True):
+        scale = 1 + args.alpha if args.ca_weight else 1
+        guided = family.guided(self.teacher, scale)
+        images = family.images(guided, noise, uniform_times(28, family.shift), prompts)
+        rows = [(f"teacher, 28 steps, guidance {scale:g}", images)]
+        for n in args.sample_steps:
+            times = uniform_times(n, family.shift)
+            images = family.images(self.teacher, noise, times, prompts)
+            rows.append((f"teacher, steps: {n}", images))
+            self.swap_ema()
             images = family.images(self.student.role, noise, times, prompts)
-            rows += [teacher_row, (f"student, steps: {n}, iteration {self.k}", images)]
-        self.swap_ema()
+            self.swap_ema()
+            rows.append((f"student, steps: {n}, iteration {self.k}", images))
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
+
+    def settings(self):
+        """What must be the same in a run and its continuation, except for load()'s may_change."""
+        names = [f.name for f in fields(CDM)]
+        names += ["batch_size", "micro_batch_size", "seed", "lora_rank", "weights", "no_t5"]
+        flags = {"--" + name.replace("_", "-"): getattr(self.args, name) for name in names}
+        return flags | {
+            "--teacher": self.family.name,
+            "--prompts": f"of checksum {zlib.crc32(repr(self.prompts).encode())}",
+            "--resolution": self.family.resolution,
+            "processes": self.world,
+            "threads": torch.get_num_threads(),
+        }
 
     def state(self):
         """Every tensor that training changes, by file and name."""
@@ -1386,24 +1283,15 @@ class Run:
                 files[f"{role}_{key}"] = {n: moments[p][key] for n, p in learner.params.items()}
         return files
 
-    def identity(self):
-        """What must be the same in a run and its continuation. Learning rates may change."""
-        names = {*CDM.__annotations__, *AnchorAware.__annotations__}
-        names -= {"student_lr", "fake_lr", "anchor_lr"}
-        names |= {"batch_size", "micro_batch_size", "seed", "lora_rank", "weights", "no_t5"}
-        checksum = zlib.crc32("\n".join(self.prompts).encode())
-        teacher = self.family.name
-        return {
-            **{name: getattr(self.args, name) for name in sorted(names)},
-            "prompts": f"{len(self.prompts)} prompts of checksum {checksum:08x}",
-            "resolution": self.family.resolution,
-            "teacher": os.path.realpath(teacher) if os.path.isdir(teacher) else teacher,
-        }
-
     def checkpoints(self):
         """The checkpoints' folders, oldest first."""
         found = [p for p in self.folder.glob("*") if re.fullmatch(r"checkpoint_\d{6,}", p.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
+
+    def wait(self):
+        """Wait for the other ranks."""
+        if self.world > 1:
+            torch.distributed.barrier()
 
     @contextlib.contextmanager
     def replacing(self, path):
@@ -1421,31 +1309,25 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
             tmp.rename(path)
 
-    def wait(self):
-        """Wait for the other ranks."""
-        if self.world > 1:
-            torch.distributed.barrier()
-
     def save(self):
         """checkpoint_NNNNNN: torch's distributed checkpoint, each rank its own shards.
 
         Any number of processes can go on from it. A kill at any moment leaves the last one intact.
         """
+        packages = ("torch", "diffusers", "transformers", "peft")
+        state = {
+            "iteration": self.k,
+            "settings": self.settings(),
+            "command": sys.argv,
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
         with self.replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
             for name, tensors in self.state().items():
                 writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
                 dcp.save(tensors, storage_writer=writer)
             if self.rank == 0:
-                packages = ("torch", "diffusers", "transformers", "peft")
-                state = {
-                    "iteration": self.k,
-                    "settings": self.identity(),
-                    "processes": self.world,
-                    "threads": torch.get_num_threads(),
-                    "command": sys.argv,
-                    "versions": {name: importlib.metadata.version(name) for name in packages},
-                }
                 (folder / "state.json").write_text(json.dumps(state, indent=1))
+                shutil.copy(self.log_file, folder)
         if self.rank == 0:
             for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
@@ -1455,29 +1337,25 @@ class Run:
         for folder in reversed(self.checkpoints()):
             try:
                 return self.load(folder)
-            except Mistake:
-                raise
-            except (Exception, dcp.CheckpointException) as error:
+            except (OSError, ValueError, KeyError, dcp.CheckpointException) as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
         require(not self.checkpoints(), f"--resume: no checkpoint in {self.folder} can be read.")
 
     def load(self, folder):
-        """Fill every tensor from a checkpoint made with the same settings."""
+        """Fill every tensor from a checkpoint. Raises Mistake if other settings made it."""
         saved = json.loads((folder / "state.json").read_text())
-        settings = self.identity()
-        if saved["processes"] != self.world:
-            del settings["micro_batch_size"]  # its default depends on the number of processes
-        for name, now in settings.items():
-            flag = "--" + name.replace("_", "-")
-            was = saved["settings"].get(name)
-            require(now == was, f"--resume: {flag} is {now}, but the run was made with {was}.")
+        now = self.settings()
+        may_change = ["--student-lr", "--fake-lr", "--anchor-lr", "threads", "processes"]
+        if saved["settings"]["processes"] != self.world:
+            may_change.append("--micro-batch-size")  # its default depends on the processes
+        for name, was in saved["settings"].items():
+            if now[name] != was:
+                said = f"--resume: {name} is {now[name]}, and was {was}"
+                require(name in may_change, f"{said}: give what it was, or start another run.")
+                print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
         self.k = saved["iteration"]
         enough = self.k <= self.args.iterations
         require(enough, f"--resume: the run is at {self.k}: give more --iterations.")
-        threads = torch.get_num_threads()
-        if saved["threads"] != threads and self.rank == 0:
-            before = saved["threads"]
-            print(f"cdm.py: {threads} threads, {before} before: results differ by rounding.")
         self.fake_score.updates = self.k
         self.student.updates = self.k // self.args.student_every
         for name, tensors in self.state().items():
@@ -1485,8 +1363,6 @@ class Run:
 
     def export(self, folder):
         """The EMA student as diffusers loads it, and a README that says how."""
-        from safetensors.torch import save_file
-
         weights = {}
         for name, x in self.ema.items():
             x = full(x)  # all ranks gather, rank 0 keeps
@@ -1497,7 +1373,7 @@ class Run:
                 return
             if self.args.lora_rank:
                 # The file holds no alpha, so programs assume alpha = rank. Our factor
-                # alpha / rank = 2, see lora_networks, goes into B.
+                # alpha / rank = 2, see lora_roles, goes into B.
                 layers = {}
                 for name, x in weights.items():
                     layers[f"transformer.{name}"] = 2 * x if "lora_B" in name else x
@@ -1511,98 +1387,64 @@ class Run:
                 model.save_pretrained(tmp)
             # A LoRA file has no configuration that could say the resolution.
             (tmp / "cdm.json").write_text(json.dumps({"resolution": self.family.resolution}))
-            card = self.family.card(folder, self.prompts[0], self.student.updates, self.args)
+            updates = self.student.updates
+            card = self.family.card(folder, self.prompts[0], updates, self.args.lora_rank)
             (tmp / "README.md").write_text(card, encoding="utf-8")
-
-    def say_what_to_do_next(self):
-        """The last lines on the terminal."""
-        print(f"cdm.py: {self.folder}/student is the student of iteration {self.k}.")
-        if self.args.sample_every:
-            print(f"Look at {self.folder}/samples/step_{self.k:06d}.png.")
-        example = f"--student {self.folder} --generate {shlex.quote(self.prompts[0])}"
-        print(f"Draw with python cdm.py --teacher {self.args.teacher} {example}")
-        if self.k < self.args.iterations:
-            print("The same command with --resume continues the run.")
 
 
 def generate(args, device):
     """--generate: write one PNG for each prompt and number of steps, and print its name."""
-    folder = Path(args.student, "student")
-    if not folder.is_dir():
-        folder = Path(args.student)
-    require(args.student, "--generate needs --student: give a run's folder.")
-    require(folder.is_dir(), f"--student {args.student} is no folder: give a run's or a student's.")
-    if Path(folder, "cdm.json").exists() and not args.resolution:
-        args.resolution = json.loads(Path(folder, "cdm.json").read_text())["resolution"]
+    folder = Path(args.student)
+    if (folder / "student").is_dir():
+        folder = folder / "student"
+    advice = "give a run's folder, or a student's"
+    require(args.student and folder.is_dir(), f"--student {args.student!r} is no folder: {advice}.")
+    size = folder / "cdm.json"
+    if size.exists() and not args.resolution:
+        args.resolution = json.loads(size.read_text())["resolution"]
     family = load_family(args, device, folder)
-    grids = {f"steps{n}": uniform_times(n, family.shift) for n in args.sample_steps}
+    family.check_prompts(args.generate)
+    schedules = [uniform_times(n, family.shift) for n in args.sample_steps]
     if args.times:
-        grids = {"times" + "-".join(f"{t:g}" for t in args.times): torch.tensor(args.times)}
+        schedules = [torch.tensor(args.times)]
     model = Role(family.transformer, family)
     noise = torch.randn(1, *family.shape, generator=torch.Generator().manual_seed(args.seed))
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    for (i, prompt), (label, times) in itertools.product(enumerate(args.generate), grids.items()):
-        words = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:80].decode(errors="ignore")
-        name = f"{i:02d}_{words}_seed{args.seed}_{label}"
-        path = Path(args.output_dir, f"{name}.png")
-        for n in itertools.count(2):  # nothing is overwritten
-            if not path.exists():
-                break
-            path = path.with_name(f"{name}_{n}.png")
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for prompt, times in itertools.product(args.generate, schedules):
+        while any(out.glob(f"{number:04d}_*.png")):  # nothing is overwritten
+            number += 1
+        path = out / f"{number:04d}_steps{len(times)}_seed{args.seed}.png"
         family.images(model, [noise], times, [prompt])[0].save(path)
         print(path)
 
 
 def train(args, device, rank, world):
     """One process of a run, from loading to the exported student."""
-    from filelock import FileLock, Timeout
-
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        available = torch.distributed.is_backend_available(backend)
-        require(available, f"torch has no {backend}: run a single process.")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     run = Run(args, device, rank, world)
-
-    def stop(number, _):
-        # Under torchrun a process gets Ctrl-C twice: from the terminal and from the launcher.
-        if run.stop and world == 1:
-            raise KeyboardInterrupt
-        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-        if rank == 0 and not run.stop:
-            again = "; again to stop now" if world == 1 else ""
-            print(f"\ncdm.py: stopping after this iteration{again}.", file=sys.stderr)
-        run.stop = True
-
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)  # not on Windows, and not under nohup, which ignores it
-    for number in signals:
-        signal.signal(number, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, run.stop_soon)
     run.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.folder / "lock")
-    try:
-        if rank == 0:
-            lock.acquire(timeout=0)
-        run.train()
-    except Timeout:
-        raise Mistake(f"another process trains in {run.folder}: wait, or stop it.") from None
-    finally:
-        lock.release()
+    lock = FileLock(run.folder / "lock")  # freed with this process, however it ends
+    if rank == 0:
+        lock.acquire(timeout=0)
+    run.train()
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0, or 2 after one sentence about a mistake."""
-    from safetensors import SafetensorError
-
     # Silence notices about optional packages, and about what is meant to be as it is.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     warnings.filterwarnings(
         "ignore",
         r"Already found a `peft_config`|torch.distributed is|barrier\(|local_dir_use_symlinks"
@@ -1613,9 +1455,7 @@ def main(argv=None):
     local = int(os.environ.get("LOCAL_RANK") or 0)
     try:
         args = parse_args(argv)
-        device = torch.device("cpu")
-        if args.device == "cuda":
-            device = torch.device("cuda", local)
+        device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
         if args.generate:
             generate(args, device)
         else:
@@ -1623,15 +1463,15 @@ def main(argv=None):
         return 0
     except Mistake as mistake:
         sentence = str(mistake)
+    except Timeout:
+        sentence = f"another process trains in {args.output_dir}: wait, or stop it."
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]  # the first rank's own exception
         sentence = f"{error}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
-        sentence = (
-            "the GPU is out of memory: try --micro-batch-size 1, --offload-text-encoders, "
-            "--lora-rank 64 or more GPUs; README says what each one saves."
-        )
+        levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
+        sentence = f"the GPU is out of memory: try {levers}."
     except KeyboardInterrupt:
         print("cdm.py: stopped at once; the last checkpoint is kept.", file=sys.stderr)
         return 130

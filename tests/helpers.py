@@ -191,6 +191,7 @@ def results(folder):
     files = {**snapshot(last), **snapshot(Path(folder) / "student")}
     assert any(name.startswith("student_exp_avg") for name in files), "compares nothing"
     files.pop("README.md")  # it names its own folder
+    files["log.jsonl"] = log(last)
     files["state.json"] = state(last)
     files["state.json"].pop("command")  # so does this
     for name, content in files.items():

@@ -112,7 +112,6 @@ class LossByHand:
     value: torch.Tensor
     gradient: torch.Tensor  # of the value, with respect to x0_hat
     w: torch.Tensor  # (B,)
-    step: torch.Tensor  # w delta
     distance: torch.Tensor  # (B,), mean |D_real - x0_hat|: w is 1 / max(distance, 0.1)
 
 
@@ -123,7 +122,7 @@ def pseudo_target_by_hand(x0_hat, d_real, delta):
     w = float64([1 / max(d, 0.1) for d in distance])
     step = torch.stack([w[b] * delta[b] for b in range(len(w))])
     numel = step.numel()
-    return LossByHand((step**2).sum() / numel, -2 * step / numel, w, step, float64(distance))
+    return LossByHand((step**2).sum() / numel, -2 * step / numel, w, float64(distance))
 
 
 @torch.no_grad()

@@ -63,11 +63,10 @@ def test_ca_loss_in_numbers(v_c, w, delta, value, slope):
     x0_hat = number(1.0).requires_grad_()
     cond, uncond = (number(v_c),), (number(0.0),)
     tau, noise = torch.tensor([0.5]), number(0.0)
-    loss = cdm.ca_loss(x0_hat, velocity_is_cond, cond, uncond, tau, noise, alpha=2.0)
-    assert loss.w.item() == w
-    assert loss.step.item() == w * delta
-    assert loss.value.item() == value
-    assert torch.autograd.grad(loss.value, x0_hat)[0].item() == slope
+    loss, w_used = cdm.ca_loss(x0_hat, velocity_is_cond, cond, uncond, tau, noise, alpha=2.0)
+    assert w_used.item() == w
+    assert loss.item() == value == (w * delta) ** 2
+    assert torch.autograd.grad(loss, x0_hat)[0].item() == slope == -2 * w * delta
 
 
 @pytest.mark.parametrize(
@@ -79,11 +78,10 @@ def test_dm_loss_in_numbers(v_c, w, delta, value, slope):
     x0_hat = number(1.0).requires_grad_()
     cond = (number(v_c),)
     tau, noise = torch.tensor([0.5]), number(0.0)
-    loss = cdm.dm_loss(x0_hat, velocity_is_cond, velocity_is_one, cond, tau, noise)
-    assert loss.w.item() == w
-    assert loss.step.item() == w * delta
-    assert loss.value.item() == value
-    assert torch.autograd.grad(loss.value, x0_hat)[0].item() == slope
+    loss, w_used = cdm.dm_loss(x0_hat, velocity_is_cond, velocity_is_one, cond, tau, noise)
+    assert w_used.item() == w
+    assert loss.item() == value == (w * delta) ** 2
+    assert torch.autograd.grad(loss, x0_hat)[0].item() == slope == -2 * w * delta
 
 
 def test_fake_score_loss_in_numbers():
@@ -118,7 +116,7 @@ def cast(x, dtype):
     ],
 )
 def test_losses_and_gradients_by_hand(shape, tau, kind, dtype, tol):
-    """L_CA and L_DM have the value, step, weights and gradient of the formulas by hand."""
+    """L_CA and L_DM have the value, weights and gradient of the formulas by hand."""
     teacher, fake = Net(shape[1:], 1), Net(shape[1:], 2)
     x0_hat, noise = randn(*shape), randn(*shape, seed=1)
     cond, uncond = conditions(shape[0]), conditions(shape[0], 1)
@@ -136,11 +134,10 @@ def test_losses_and_gradients_by_hand(shape, tau, kind, dtype, tol):
     assert len(set(want.distance.tolist())) == len(tau)
 
     x0_hat = cast(x0_hat, dtype).requires_grad_()
-    loss = loss_of(x0_hat, *cast(args, dtype))
-    assert_close(loss.value, want.value, tol)
-    assert_close(loss.step, want.step, tol)
-    assert_close(loss.w, want.w, tol)
-    assert_close(torch.autograd.grad(loss.value, x0_hat)[0], want.gradient, tol)
+    loss, w = loss_of(x0_hat, *cast(args, dtype))
+    assert_close(loss, want.value, tol)
+    assert_close(w, want.w, tol)
+    assert_close(torch.autograd.grad(loss, x0_hat)[0], want.gradient, tol)
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (3, 4, 8, 8), (1, 2)])
@@ -170,8 +167,8 @@ def test_gradients_reach_one_network_only(kind, trained):
     tau, noise = torch.full((5,), 0.6).double(), randn(5, 2, seed=1)
     x0_hat = cdm.clean_estimate(noise, tau, nets["student"](noise, tau, cond))
     losses = {
-        "ca": cdm.ca_loss(x0_hat, teacher, cond, uncond, tau, noise, 7.0).value,
-        "dm": cdm.dm_loss(x0_hat, teacher, fake, cond, tau, noise).value,
+        "ca": cdm.ca_loss(x0_hat, teacher, cond, uncond, tau, noise, 7.0)[0],
+        "dm": cdm.dm_loss(x0_hat, teacher, fake, cond, tau, noise)[0],
         "fake": cdm.fake_score_loss(fake, x0_hat, cond, tau, noise),
     }
     losses[kind].backward()
@@ -235,7 +232,7 @@ def test_dm_moves_along_the_difference_of_scores():
     u = float64([0.1, 0.3, 0.6, 0.9])
     x0, noise = randn(4, 3).requires_grad_(), randn(4, 3, seed=1)
     real, fake = gaussian_velocity(*REAL), gaussian_velocity(*FAKE)
-    loss = cdm.dm_loss(x0, real, fake, (), u, noise).value
+    loss, _ = cdm.dm_loss(x0, real, fake, (), u, noise)
     (gradient,) = torch.autograd.grad(loss, x0)
 
     z = noised(x0.detach(), u, noise)
@@ -252,7 +249,7 @@ def test_dm_is_zero_when_fake_equals_real():
     x0, noise = randn(6, 3).requires_grad_(), randn(6, 3, seed=1)
     tau = torch.linspace(0.02, 0.98, 6).double()
     model = gaussian_velocity(0.7, 0.5)
-    loss = cdm.dm_loss(x0, model, model, (), tau, noise).value
+    loss, _ = cdm.dm_loss(x0, model, model, (), tau, noise)
     assert loss.item() == 0
     assert (torch.autograd.grad(loss, x0)[0] == 0).all()
 
@@ -271,7 +268,8 @@ def test_dm_steps_carry_the_mean_to_the_teachers():
         before = mu - m.detach()
         x0, noise = m + s * randn(64, 2, seed=2 * i), randn(64, 2, seed=2 * i + 1)
         real, fake = gaussian_velocity(mu, s), gaussian_velocity(m.detach(), s)
-        (gradient,) = torch.autograd.grad(cdm.dm_loss(x0, real, fake, (), u, noise).value, m)
+        loss, _ = cdm.dm_loss(x0, real, fake, (), u, noise)
+        (gradient,) = torch.autograd.grad(loss, m)
 
         # Posterior means: D_real - D_fake = u^2 / V (mu - m) at every z.
         z = noised(x0, u, noise)

@@ -159,7 +159,7 @@ def test_the_guided_teacher_equals_the_pipelines(family):
     renormalisation, which no loss of CDM has.
     """
     model = family.guided(cdm.Role(family.transformer, family), 4.0)
-    times = family.teacher_times(28)
+    times = cdm.uniform_times(28, family.shift)
     latents = cdm.sample(model, start(family), times, family.encode([PROMPTS[3]]))
     options = {"num_inference_steps": 28, "guidance_scale": 4.0}
     expected = pipeline_draws(family, "latent", **options, enable_cfg_renorm=False)

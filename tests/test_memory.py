@@ -30,7 +30,7 @@ TINY = {
     "pooled_projection_dim": 10,
     "pos_embed_max_size": 6,
 }
-WAYS = {"float32": ("float32", 0), "bfloat16": ("bfloat16", 0), "lora": ("float32", 4)}
+WAYS = {"float32": ("float32", 0), "bfloat16": ("bfloat16", 0), "lora": ("bfloat16", 4)}
 
 
 def held(*roots):

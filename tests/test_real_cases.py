@@ -194,17 +194,15 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("options", SCHEDULERS["accepted"], ids=str)
 def test_our_times_are_the_schedulers(options, teacher):
-    """Few steps and the grid's 28 are at the times that the pipeline's own call takes."""
+    """Few steps and the grid's 28 are at the times that the pipeline's call makes of the sigmas."""
     edit(teacher / "scheduler" / "scheduler_config.json", **options)
     family = load_family("--teacher", teacher)
     call = {"guidance_scale": 1.0, "output_type": "latent", "max_sequence_length": 4}
     call |= {"height": family.resolution, "width": family.resolution}
-    family.pipe(PROMPTS[0], sigmas=QUARTERS, **call)
-    theirs = family.pipe.scheduler.sigmas[:-1]
-    torch.testing.assert_close(cdm.uniform_times(4, family.shift), theirs)
-    family.pipe(PROMPTS[0], num_inference_steps=28, **call)
-    theirs = family.pipe.scheduler.sigmas[:-1].clone()
-    torch.testing.assert_close(family.teacher_times(28), theirs)
+    for sigmas in (QUARTERS, [1 - i / 28 for i in range(28)]):
+        family.pipe(PROMPTS[0], sigmas=sigmas, **call)
+        theirs = family.pipe.scheduler.sigmas[:-1].clone()
+        torch.testing.assert_close(cdm.uniform_times(len(sigmas), family.shift), theirs)
 
 
 @pytest.mark.parametrize("options", SCHEDULERS["refused"], ids=str)

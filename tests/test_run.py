@@ -271,11 +271,10 @@ def test_log(whole):
     lines = log(whole)
     assert [line["iteration"] for line in lines] == [2, 4, 6]
     names = "loss_ca loss_dm loss_cdm loss_fake grad_norm_student grad_norm_fake N"
-    names = {"iteration", "w_ca", "w_dm", "w_cdm", "cos_ca_dm", *names.split()}
+    names = {"iteration", "w_ca", "w_dm", "w_cdm", *names.split()}
     for line in lines:
         assert set(line) == names
         assert 1 <= line["N"] <= 4
-        assert -1 <= line["cos_ca_dm"] <= 1
         # The floor of 0.1 bounds w by 10.
         assert all(0 < line[name] <= 10 for name in ("w_ca", "w_dm", "w_cdm"))
 
@@ -313,7 +312,6 @@ def test_ablations(flags, tmp_path, monkeypatch):
     losses = {name for name in ("ca", "dm", "cdm") if f"--{name}-weight 0" not in flags}
     assert {name for name in ("ca", "dm", "cdm") if f"loss_{name}" in line} == losses
     assert {name for name in ("ca", "dm", "cdm") if f"w_{name}" in line} == losses
-    assert ("cos_ca_dm" in line) == (losses >= {"ca", "dm"})
     if "fixed" in flags:
         assert line["N"] == 4
     assert (tmp_path / "out" / "student" / "config.json").exists()

@@ -78,7 +78,7 @@ GB = 1e9
 WAYS = {  # of training: --weights and --lora-rank
     "full float32": ("float32", 0),
     "full bfloat16": ("bfloat16", 0),
-    "LoRA 64": ("float32", 64),
+    "LoRA 64": ("bfloat16", 64),
 }
 
 # --- 1. The released algorithm, by its evaluations. ---
@@ -131,15 +131,15 @@ def released_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
     for (cond, uncond, d), anchor in zip(batches, anchors, strict=True):
         x0_hat = student_estimate(anchor.x_t, anchor.t, cond)
-        ca = cdm.ca_loss(x0_hat, teacher, cond, uncond, d.tau["ca"], d.noise["ca"], cfg.alpha)
-        (scale * ca.value).backward()
+        ca, _ = cdm.ca_loss(x0_hat, teacher, cond, uncond, d.tau["ca"], d.noise["ca"], cfg.alpha)
+        (scale * ca).backward()
         x0_hat = student_estimate(anchor.x_t, anchor.t, cond)
-        dm = cdm.dm_loss(x0_hat, teacher, fake, cond, d.tau["dm"], d.noise["dm"])
-        (scale * dm.value).backward()
+        dm, _ = cdm.dm_loss(x0_hat, teacher, fake, cond, d.tau["dm"], d.noise["dm"])
+        (scale * dm).backward()
         x_off = cdm.euler_step(anchor.x_t, anchor.t, d.t_off, anchor.v)
         x0_hat = student_estimate(x_off, d.t_off, cond)
-        off = cdm.dm_loss(x0_hat, teacher, fake, cond, d.tau["cdm"], d.noise["cdm"])
-        (scale * off.value).backward()
+        off, _ = cdm.dm_loss(x0_hat, teacher, fake, cond, d.tau["cdm"], d.noise["cdm"])
+        (scale * off).backward()
     n = student.updates
     student.step()
     cdm.average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))
@@ -201,8 +201,7 @@ def stand_in(args, config, shape, tokens, device):
 
     with torch.device(device):
         net = diffusers.SD3Transformer2DModel.from_config(config).requires_grad_(False).eval()
-    # As cdm.Pipeline loads it on a GPU.
-    net = net.to(torch.bfloat16 if args.lora_rank else getattr(torch, args.weights))
+    net = net.to(getattr(torch, args.weights))  # as cdm.Pipeline loads it
     run = cdm.Run.__new__(cdm.Run)
     run.args = args
     run.device = device
@@ -216,9 +215,9 @@ def stand_in(args, config, shape, tokens, device):
     )
     run.family = RandomSD3(net, shape, tokens, device)
     if args.lora_rank:
-        run.build(*run.lora_networks())
+        run.build(*run.lora_roles())
     else:
-        run.build(*run.full_networks())
+        run.build(*run.full_roles())
     return run
 
 

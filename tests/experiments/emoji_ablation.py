@@ -66,7 +66,7 @@ GRIDS = {steps: shifted(int(steps)) for steps in ("1", "2", "4", "8")}
 GRIDS["uneven"] = torch.tensor([1, 0.8, 0.33, 0.1, 0])
 FEW = 100  # samples a group of every exported student, at 2 and 4 steps
 MANY = 300  # samples a group of the last one, on every grid
-LOGGED = "loss_fake loss_ca loss_dm loss_cdm w_ca w_dm w_cdm cos_ca_dm grad_norm_student".split()
+LOGGED = "loss_fake loss_ca loss_dm loss_cdm w_ca w_dm w_cdm grad_norm_student".split()
 
 # --- 2. What is measured. ---
 
