@@ -48,6 +48,7 @@ import copy
 import importlib.metadata
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -609,9 +610,21 @@ class Pipeline:
             folder, dtype=self.dtype, variant=options["variant"], transformer=net, **absent
         )
 
-        parts = self.pipe.components.items()
-        self.encoders = [part for key, part in parts if part and key.startswith("text_encoder")]
+        self.encoders = []
+        self.tokenizers = {}
+        for key, part in self.pipe.components.items():
+            if part and key.startswith("text_encoder"):
+                self.encoders.append(part)
+                key = key.replace("text_encoder", "tokenizer")
+                tokenizer = self.tokenizers[key] = self.pipe.components[key]
+                # Words of the same lengths: without a vocabulary there is no other difference.
+                fox, cat = tokenizer(["a red fox", "a big cat"]).input_ids
+                whole = fox != cat and Path(folder, key, "tokenizer_config.json").exists()
+                require(whole, f"the files of {key} in {name} are not complete: copy them again.")
         for module in [*self.encoders, self.pipe.vae, net]:
+            missing = ", ".join(key for key, x in module.state_dict().items() if x.is_meta)
+            part = type(module).__name__
+            require(not missing, f"the files of {part} lack {missing}: copy them again.")
             module.requires_grad_(False).eval().to(device)
         scale = self.pipe.vae_scale_factor
         self.resolution = args.resolution or self.pipe.default_sample_size * scale
@@ -657,18 +670,13 @@ class Pipeline:
                 encoder.to("cpu")
         return cond
 
-    def check_prompts(self, prompts):
-        """Print how many prompts are cut. Raises Mistake if an encoder cannot tell two apart."""
-        for key, tokenizer in self.pipe.components.items():
-            encoder = self.pipe.components.get(key.replace("tokenizer", "text_encoder"))
-            if key.startswith("tokenizer") and tokenizer and encoder:
-                fox, cat = tokenizer(["a red fox", "a blue cat"]).input_ids
-                advice = "give a complete one"
-                require(fox != cat, f"to the {key} of {self.name} all prompts are alike: {advice}.")
-                limit = min(tokenizer.model_max_length, self.tokens())
-                count = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
-                if count:
-                    print(f"cdm.py: {key} cuts {count} of {len(prompts)} prompts at {limit} tokens")
+    def say_what_is_cut(self, prompts):
+        """Print how many prompts are longer than a text encoder reads."""
+        for key, tokenizer in self.tokenizers.items():
+            limit = min(tokenizer.model_max_length, self.tokens())
+            count = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
+            if count:
+                print(f"cdm.py: {key} cuts {count} of {len(prompts)} prompts at {limit} tokens")
 
     def uncond(self, n):
         """The empty prompt's cond for n samples."""
@@ -1061,10 +1069,9 @@ class Run:
         """Full fine-tuning: three networks, for teacher, student and fake score."""
         student = self.family.transformer
         fake_score = copy.deepcopy(student)
-        teacher = copy.deepcopy(student).to(self.family.dtype)
-        # Buffers, such as position embeddings, keep the student's precision: both start alike.
-        for name, buffer in student.named_buffers():
-            teacher.get_buffer(name).data = buffer.clone()
+        teacher = copy.deepcopy(student)
+        for p in teacher.parameters():  # not buffers, such as position embeddings: both start alike
+            p.data = p.data.to(self.family.dtype)
         student.requires_grad_(True)
         fake_score.requires_grad_(True)
         return [Role(net, self.family) for net in (teacher, student, fake_score)]
@@ -1125,14 +1132,14 @@ class Run:
     def rehearse(self):
         """Try now what the run needs later: encode, sample, decode. Raises Mistake if it fails."""
         family = self.family
-        if self.rank == 0:
-            family.check_prompts(self.prompts)
         try:
             noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
             times = uniform_times(2, family.shift)
             images = family.images(self.teacher, [noise], times, self.prompts[:1])
             draw_grid([("rehearsal", images)], os.devnull)
-        except RuntimeError as error:  # without a compiler, or one that works, for example
+        except (Mistake, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # such as a compiler's
             hint = " Leave out --compile." if self.args.compile else ""
             raise Mistake(f"{family.name} cannot draw here: {one_line(error)}.{hint}") from None
 
@@ -1192,6 +1199,7 @@ class Run:
         family = self.family
         print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g},")
         print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
+        family.say_what_is_cut(self.prompts)
         if args.export_every:
             size = sum(p.numel() * p.element_size() for p in self.ema.values()) / 1e9
             print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
@@ -1337,7 +1345,9 @@ class Run:
         for folder in reversed(self.checkpoints()):
             try:
                 return self.load(folder)
-            except (OSError, ValueError, KeyError, dcp.CheckpointException) as error:
+            except Mistake:
+                raise
+            except (Exception, dcp.CheckpointException) as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
         require(not self.checkpoints(), f"--resume: no checkpoint in {self.folder} can be read.")
 
@@ -1380,8 +1390,8 @@ class Run:
                 save_file(layers, tmp / LORA_FILE, metadata={"format": "pt"})
             else:
                 net = self.student.role.transformer
-                model = type(net).from_config(net.config).to(net.dtype)
-                model.load_state_dict(weights | dict(net.named_buffers()))
+                model = type(net).from_config(net.config)
+                model.load_state_dict(weights | dict(net.named_buffers()), assign=True)
                 if model.config.get("sample_size"):
                     model.register_to_config(sample_size=self.family.shape[-1])
                 model.save_pretrained(tmp)
@@ -1403,7 +1413,7 @@ def generate(args, device):
     if size.exists() and not args.resolution:
         args.resolution = json.loads(size.read_text())["resolution"]
     family = load_family(args, device, folder)
-    family.check_prompts(args.generate)
+    family.say_what_is_cut(args.generate)
     schedules = [uniform_times(n, family.shift) for n in args.sample_steps]
     if args.times:
         schedules = [torch.tensor(args.times)]
@@ -1442,9 +1452,12 @@ def train(args, device, rank, world):
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0, or 2 after one sentence about a mistake."""
-    # Silence notices about optional packages, and about what is meant to be as it is.
+    # Silence notices about optional packages, and about what is meant to be as it is, but not
+    # those that name missing or unexpected weights.
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
+    for logger in ("transformers.modeling_utils", "diffusers.models.modeling_utils"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore",
         r"Already found a `peft_config`|torch.distributed is|barrier\(|local_dir_use_symlinks"
@@ -1473,7 +1486,7 @@ def main(argv=None):
         levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
         sentence = f"the GPU is out of memory: try {levers}."
     except KeyboardInterrupt:
-        print("cdm.py: stopped at once; the last checkpoint is kept.", file=sys.stderr)
+        print("cdm.py: stopped at once; what was saved before is kept.", file=sys.stderr)
         return 130
     if local == 0:  # all ranks make the same mistake, and one on each machine says so
         print(f"cdm.py: {sentence}", file=sys.stderr)

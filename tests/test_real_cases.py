@@ -68,6 +68,24 @@ def test_a_teacher_without_a_tokenizer(part, teacher, refuse_teacher):
     assert re.search(rf"\b({part}|{encoder})\b", sentence), sentence
 
 
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*"]
+
+
+@pytest.mark.parametrize("files", TOKENIZER_FILES)
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_a_tokenizer_that_is_not_complete(part, files, teacher, refuse_teacher):
+    """Without its vocabulary all prompts are alike, without its config it has no length."""
+    for file in (teacher / part).glob(files):
+        file.unlink()
+    refuse_teacher(f"files of {part}")
+
+
+def test_a_config_that_fails_in_the_rehearsal(teacher, refuse_teacher):
+    """What only decoding shows is found before the first iteration."""
+    edit(teacher / "vae" / "config.json", scaling_factor=None)
+    refuse_teacher("cannot draw")
+
+
 CUT = ["text_encoder/model.safetensors", "text_encoder_3/model.safetensors"]
 CUT += [
     "vae/diffusion_pytorch_model.safetensors",
@@ -90,6 +108,35 @@ def test_a_teacher_with_nan(name, teacher, refuse_teacher):
     save_file({key: x * torch.nan for key, x in load_file(file).items()}, file, {"format": "pt"})
     sentence = refuse_teacher("not finite")
     assert "learning rate" not in sentence
+
+
+def drop_a_weight(file):
+    """Remove one tensor from a file, and return its name."""
+    weights = load_file(file)
+    name = sorted(weights)[3]
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_network_that_lacks_a_weight(part, teacher):
+    """The sentence has the weight's name."""
+    name = drop_a_weight(teacher / part / "diffusion_pytorch_model.safetensors")
+    config = json.loads((teacher / part / "config.json").read_text())
+    flags = [*SMALL, "--teacher", teacher, "--output-dir", teacher / "out"]
+    code, _, err = finish(process("cdm.py", *flags))
+    assert code == 2
+    assert re.fullmatch(rf"cdm\.py: .*{config['_class_name']}.*{name}.*", err.splitlines()[-1])
+
+
+def test_a_text_encoder_that_lacks_a_weight(teacher):
+    """transformers makes a random one. Its report is shown, with the weight's name."""
+    name = drop_a_weight(teacher / "text_encoder" / "model.safetensors")
+    flags = [*SMALL, "--teacher", teacher, "--output-dir", teacher / "out", "--iterations", 1]
+    code, _, err = finish(process("cdm.py", *flags))
+    assert code == 0
+    assert re.search(rf"{name}.*MISSING", err)
 
 
 def leave_out(teacher, *parts):

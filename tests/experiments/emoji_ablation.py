@@ -4,12 +4,11 @@
     python tests/experiments/emoji_ablation.py --rows CDM D-DMD --seeds 0
     python tests/experiments/emoji_ablation.py --report                 # tables and figure only
 
-Rows named "rounded" are the control rounded.py, with cdm.py's flags.
-
-A cell is a row and a seed: one run of cdm.py, then measurements of its six exported students. It
-writes `cells/ROW-SEED.json` into --output-dir, and `references.json` holds the data and the
-teacher. So the script can be stopped at any time, and what is there is not done again. --report
-uses the cells that are there, also while others run. The measure is explained in emoji.py.
+Rows named "rounded" and "stochastic" are the control rounded.py, with cdm.py's flags. A cell is a
+row and a seed: one run of cdm.py, then measurements of its six exported students. It writes
+`cells/ROW-SEED.json` into --output-dir, and `references.json` holds the data and the teacher. What
+is there is not done again, so the script can be stopped at any time. --report uses the cells that
+are there, also while others run. The measure is explained in emoji.py.
 """
 
 import argparse
@@ -49,13 +48,15 @@ ROWS = {
     "CDM, released ratio": RELEASED,
     "CDM, released ratio, bf16": f"{RELEASED} --weights bfloat16",
     "CDM, released ratio, rounded": RELEASED,
+    "CDM, released ratio, stochastic": f"--stochastic {RELEASED}",
+    "CDM, released ratio, matched": "--student-lr 1.7e-4 --fake-lr 8.5e-5",  # as far as rounded
     "D-DMD, released ratio": f"{RELEASED} {D_DMD}",
     "D-DMD, released ratio, bf16": f"{RELEASED} {D_DMD} --weights bfloat16",
     "D-DMD, released ratio, rounded": f"{RELEASED} {D_DMD}",
     "CDM, slower student": "--student-lr 2e-5 --fake-lr 1e-4",
 }
-LOOKS = "C0o- C1o- C2o- C4o- C3o- C6o- C0s: C2s: C0^-- C0v: C0v-. C2^-- C2v: C2v-. C5o-".split()
-LOOKS = dict(zip(ROWS, LOOKS, strict=True))  # in the figure
+LOOKS = "C0o- C1o- C2o- C4o- C3o- C6o- C0s: C2s: C0^-- C0v: C0v-. C0v- C0^: C2^-- C2v: C2v-. C5o-"
+LOOKS = dict(zip(ROWS, LOOKS.split(), strict=True))  # in the figure
 COMMON = (
     f"--teacher {TEACHER} --prompts {TEACHER}/prompts.txt --device cpu "
     "--iterations 300 --export-every 50 --batch-size 32 --max-schedule-steps 8 --alpha 1 "
@@ -126,7 +127,8 @@ def log_means(folder, until):
 def distil(folder, row, seed):
     """Run cdm.py. Its checkpoint is not kept."""
     shutil.rmtree(folder, ignore_errors=True)
-    script = "tests/experiments/rounded.py" if row.endswith("rounded") else "cdm.py"
+    control = row.endswith(("rounded", "stochastic"))
+    script = "tests/experiments/rounded.py" if control else "cdm.py"
     command = [sys.executable, script, *COMMON.split(), *ROWS[row].split()]
     command += ["--seed", str(seed), "--output-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -225,7 +227,8 @@ def draw(found, teacher, path):
     """Left, blends against members along training. Right, blends of the last students by steps."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7.6), width_ratios=(1.7, 1))
+    shape = {"figsize": (13, 8), "width_ratios": (1.7, 1), "layout": "constrained"}
+    figure, (left, right) = plt.subplots(1, 2, **shape)
     start = teacher["teacher"]["4"][str(FEW)]
     for row, cells in found.items():
         x = [100 * start["blends"]]
@@ -251,8 +254,7 @@ def draw(found, teacher, path):
     right.set(xlabel="Euler steps", ylabel="blends, %", yscale="log", ylim=(1.5, 120))
     right.set_title("the last students; star: the teacher")
     right.set_yticks([2, 5, 10, 20, 50, 100], [2, 5, 10, 20, 50, 100])
-    figure.legend(loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 

@@ -1,10 +1,13 @@
 """cdm.py as if its weights were bf16: a control for the ablation, fast on a CPU.
 
-    python tests/experiments/rounded.py --teacher ...    # the flags of cdm.py
+    python tests/experiments/rounded.py --teacher ...                 # the flags of cdm.py
+    python tests/experiments/rounded.py --stochastic --teacher ...
 
 After each update the parameters, both moments of AdamW and the averages are rounded to bf16. They
 stay in float32 tensors, and all arithmetic is float32's. So this is the rounding of
 `--weights bfloat16` and nothing else. A CPU without bf16 units needs 20 times as long for the flag.
+
+With --stochastic a number is rounded up or down at random, so that small updates count on average.
 """
 
 import sys
@@ -18,25 +21,33 @@ import cdm
 
 
 @torch.no_grad()
-def round_to_bf16(tensors):
+def round_to_bf16(tensors, stochastic):
     for x in tensors:
-        x.copy_(x.bfloat16())
+        if stochastic:
+            # bf16 is the upper half of float32. A random lower half carries over in proportion.
+            bits = x.view(torch.int32)
+            x.copy_(((bits + torch.randint_like(bits, 2**16)) & -(2**16)).view(torch.float32))
+        else:
+            x.copy_(x.bfloat16())
 
 
 def main():
+    stochastic = "--stochastic" in sys.argv
+    if stochastic:
+        sys.argv.remove("--stochastic")
     step = cdm.Learner.step
     average_into = cdm.average_into
 
     def rounded_step(learner):
         norm = step(learner)
-        round_to_bf16(learner.params.values())
+        round_to_bf16(learner.params.values(), stochastic)
         for state in learner.optimizer.state.values():
-            round_to_bf16([state["exp_avg"], state["exp_avg_sq"]])
+            round_to_bf16([state["exp_avg"], state["exp_avg_sq"]], stochastic)
         return norm
 
     def rounded_average(params, others, decay):
         average_into(params, others, decay)
-        round_to_bf16(params[name] for name in others)
+        round_to_bf16((params[name] for name in others), stochastic)
 
     cdm.Learner.step = rounded_step
     cdm.average_into = rounded_average
