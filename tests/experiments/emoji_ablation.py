@@ -55,7 +55,7 @@ ROWS = {
     "D-DMD, released ratio, rounded": f"{RELEASED} {D_DMD}",
     "CDM, slower student": "--student-lr 2e-5 --fake-lr 1e-4",
 }
-LOOKS = "C0o- C1o- C2o- C4o- C3o- C6o- C0s: C2s: C0^-- C0v: C0v-. C0v- C0^: C2^-- C2v: C2v-. C5o-"
+LOOKS = "C0o- C1o- C2o- C4o- C3o- C6o- C0s: C2s: C0^-- C0v: C0v-. C7v- C8^: C2^-- C2v: C2v-. C5o-"
 LOOKS = dict(zip(ROWS, LOOKS.split(), strict=True))  # in the figure
 COMMON = (
     f"--teacher {TEACHER} --prompts {TEACHER}/prompts.txt --device cpu "
@@ -282,8 +282,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="tables and figure only")
     args = parser.parse_args()
     if args.report:
-        report(args.output_dir)
-        return
+        return report(args.output_dir)
     (args.output_dir / "cells").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(2) as pool:
         jobs = []
