@@ -1427,7 +1427,7 @@ def generate(args, device):
             number += 1
         path = out / f"{number:04d}_steps{len(times)}_seed{args.seed}.png"
         family.images(model, [noise], times, [prompt])[0].save(path)
-        print(path)
+        print(f"{path}: {prompt}, {family.resolution} pixels")
 
 
 def train(args, device, rank, world):

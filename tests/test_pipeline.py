@@ -101,7 +101,9 @@ def test_generate_writes_a_picture_for_each_prompt_and_seed(whole, tmp_path, cap
     for seed in (0, 1):
         flags = ["--student", whole / "student", "--seed", seed]
         generate(tmp_path, "--generate", *PROMPTS[:2], *flags)
-    names = capfd.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == 2 * [f"{p}, 32 pixels" for p in PROMPTS[:2]]
+    names = [line.split(": ")[0] for line in lines]
     assert sorted(names) == sorted(map(str, tmp_path.glob("*.png")))
     assert len({Image.open(name).tobytes() for name in names}) == len(names) == 4
 
