@@ -590,6 +590,8 @@ class Pipeline:
         self.offload = args.offload_text_encoders
         weights = getattr(torch, args.weights)  # of what trains; all else is bf16 on a GPU
         self.dtype = torch.bfloat16 if device.type == "cuda" else weights
+
+        # The transformer: the teacher's, or a student's.
         options = {"subfolder": "transformer", "variant": None}
         files = [file.name.split(".") for file in Path(folder, "transformer").glob("*.safetensors")]
         if files and all(len(parts) == 3 for parts in files):  # only such as model.fp16.safetensors
@@ -606,10 +608,11 @@ class Pipeline:
         if is_lora:
             add_lora(net, student)
         self.transformer = net
+
+        # All other parts.
         self.pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=self.dtype, variant=options["variant"], transformer=net, **absent
         )
-
         self.encoders = []
         self.tokenizers = {}
         for key, part in self.pipe.components.items():
@@ -626,6 +629,8 @@ class Pipeline:
             part = type(module).__name__
             require(not missing, f"the files of {part} lack {missing}: copy them again.")
             module.requires_grad_(False).eval().to(device)
+
+        # Sizes and times.
         scale = self.pipe.vae_scale_factor
         self.resolution = args.resolution or self.pipe.default_sample_size * scale
         largest = 2 * scale * net.config.get("pos_embed_max_size", 256)
