@@ -5,7 +5,7 @@
 
 After each update the parameters, both moments of AdamW and the averages are rounded to bf16. They
 stay in float32 tensors, and all arithmetic is float32's. So this is the rounding of
-`--weights bfloat16` and nothing else. A CPU without bf16 units needs several times as long for the flag.
+`--weights bfloat16` and nothing else. A CPU without bf16 units needs much longer for the flag.
 
 With --stochastic a number is rounded up or down at random, so that small updates count on average.
 """
