@@ -91,7 +91,7 @@ def take(cond, rows):
 
 
 def clean_estimate(x_t, t, v):
-    """D(x_t, t, c) = x_t - t v: the data point that the velocity points to.  (Eq. 1)"""
+    """D(x_t, t, c) = x_t - t v: where the straight path with this velocity starts.  (Eq. 1)"""
     return x_t - times_like(t, x_t) * v
 
 
@@ -177,8 +177,9 @@ def sample(model, noise, times, cond):
 # --- The losses (Eqs. 3-4; sec. 3.3). ---
 #
 # All are pseudo-target regressions: x0_hat carries the student's gradient, and is pulled towards
-# sg[x0_hat + w delta]. They return the loss and w, (B,). To add one, write a function here, give it
-# a weight in CDM, a name in draw_iteration's `tau`, and a call in cdm_iteration.
+# sg[x0_hat + w delta]. The student's return the loss and w, (B,). To add one, write a function
+# here, give it a weight in CDM and in check(), a name in draw_iteration's `tau`, and a call in
+# cdm_iteration.
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
@@ -200,7 +201,7 @@ def pseudo_target_loss(x0_hat, delta, w):
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
     """L_CA, CFG augmentation: delta = alpha [D_real(z, tau, c) - D_real(z, tau, (/))].  (Eqs. 3-4)
 
-    x0_hat: the student's clean estimate at its anchor; tau: (B,), at most the anchor's own time;
+    x0_hat: the student's clean estimate at its anchor; tau: (B,), bounded by the anchor's time;
     noise: fresh; uncond: the empty prompt's condition.
     """
     with torch.no_grad():
@@ -529,7 +530,7 @@ class Role:
             net.set_adapter(self.adapter)
         else:
             net.disable_adapters()
-        # set_adapter froze the other adapter, which may still await its backward pass.
+        # set_adapter froze the other adapter, whose backward pass may still be to come.
         for name, p in net.named_parameters():
             p.requires_grad_("lora_" in name)
 
@@ -599,7 +600,7 @@ class Pipeline:
         config = json.loads(Path(folder, "transformer", "config.json").read_text())
         if config.get("sample_size", 1) is None:
             require(args.resolution, f"{name} does not say its size: give --resolution.")
-            options["sample_size"] = args.resolution  # diffusers cannot load it without one
+            options["sample_size"] = args.resolution  # any number: self.resolution decides
         is_lora = student and Path(student, LORA_FILE).exists()
         if student and not is_lora:
             net = AutoModel.from_pretrained(str(student), dtype=weights)
@@ -843,7 +844,7 @@ def load_family(args, device, student=None):
             there = not needed or Path(folder, part).is_dir()
             require(there, f"--teacher {name} lacks the folder {part}/: copy it, too.")
         return family(name, folder, absent, args, device, student)
-    except Mistake:
+    except (Mistake, torch.OutOfMemoryError):
         raise
     except Exception as error:
         who = f"--teacher {name}"
@@ -852,7 +853,8 @@ def load_family(args, device, student=None):
         reason = one_line(error)
         if is_hub_id:
             page = f"https://huggingface.co/{name}"
-            reason += f": check the name, accept the licence at {page} and run `hf auth login`"
+            reason += f": check the name, accept the licence at {page} and run `hf auth login`; "
+            reason += "if it was downloaded before, set HF_HUB_OFFLINE=1"
         raise Mistake(f"{who} cannot be loaded as a {families}: {reason}.") from None
 
 
@@ -1048,9 +1050,9 @@ class Run:
         self.stop = False  # a signal sets it
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
-        free = args.resume or not any(self.folder.glob("*"))
+        used = any(path.name != "lock" for path in self.folder.glob("*"))
         advice = "add --resume to continue its run, or choose another"
-        require(free, f"--output-dir {self.folder} is not empty: {advice}.")
+        require(args.resume or not used, f"--output-dir {self.folder} is not empty: {advice}.")
         require(self.log_file.exists() or not args.resume, f"--resume: no run is in {self.folder}.")
         args.batch_size = args.batch_size or 16 * world
         least = world * (args.micro_batch_size or 1)
@@ -1276,7 +1278,7 @@ class Run:
     def settings(self):
         """What must be the same in a run and its continuation, except for load()'s may_change."""
         names = [f.name for f in fields(CDM)]
-        names += ["batch_size", "micro_batch_size", "seed", "lora_rank", "weights", "no_t5"]
+        names += "batch_size micro_batch_size seed lora_rank weights no_t5 device".split()
         flags = {"--" + name.replace("_", "-"): getattr(self.args, name) for name in names}
         return flags | {
             "--teacher": self.family.name,
@@ -1339,6 +1341,7 @@ class Run:
                 writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
                 dcp.save(tensors, storage_writer=writer)
             if self.rank == 0:
+                state["files"] = [str(p.relative_to(folder)) for p in folder.rglob("*.safetensors")]
                 (folder / "state.json").write_text(json.dumps(state, indent=1))
                 shutil.copy(self.log_file, folder)
         if self.rank == 0:
@@ -1350,7 +1353,7 @@ class Run:
         for folder in reversed(self.checkpoints()):
             try:
                 return self.load(folder)
-            except Mistake:
+            except (Mistake, torch.OutOfMemoryError):
                 raise
             except (Exception, dcp.CheckpointException) as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
@@ -1368,6 +1371,8 @@ class Run:
                 said = f"--resume: {name} is {now[name]}, and was {was}"
                 require(name in may_change, f"{said}: give what it was, or start another run.")
                 print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
+        for name in saved["files"]:  # torch would not notice that the last shard is gone
+            (folder / name).stat()
         self.k = saved["iteration"]
         enough = self.k <= self.args.iterations
         require(enough, f"--resume: the run is at {self.k}: give more --iterations.")
@@ -1441,16 +1446,21 @@ def train(args, device, rank, world):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    run = Run(args, device, rank, world)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, run.stop_soon)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.folder / "lock")  # freed with this process, however it ends
-    if rank == 0:
-        lock.acquire(timeout=0)
-    run.train()
+    lock = FileLock(Path(args.output_dir, "lock"))  # freed with this process, however it ends
+    try:
+        if rank == 0 and args.resume and Path(args.output_dir, "lock").exists():
+            lock.acquire(timeout=0)  # before the checkpoint is read
+        run = Run(args, device, rank, world)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, run.stop_soon)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            lock.acquire(timeout=0)
+        run.train()
+    finally:
+        lock.release(force=True)
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -1484,16 +1494,18 @@ def main(argv=None):
     except Timeout:
         sentence = f"another process trains in {args.output_dir}: wait, or stop it."
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        local = 0  # it may be this rank's alone, so each one says it
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]  # the first rank's own exception
         sentence = f"{error}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
+        local = 0
         levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
         sentence = f"the GPU is out of memory: try {levers}."
     except KeyboardInterrupt:
         print("cdm.py: stopped at once; what was saved before is kept.", file=sys.stderr)
         return 130
-    if local == 0:  # all ranks make the same mistake, and one on each machine says so
+    if local == 0:  # all ranks make the same Mistake, and one on each machine says so
         print(f"cdm.py: {sentence}", file=sys.stderr)
     return 2
 

@@ -111,6 +111,17 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, run, capfd):
     assert "checkpoint_000006 is damaged" in capfd.readouterr().out
 
 
+def test_a_shard_of_another_process_that_is_gone(run, capfd):
+    """torch would load what is there. state.json names all files."""
+    file = run / "checkpoint_000006" / "state.json"
+    saved = state(file.parent)
+    gone = shard("student", rank=2)
+    assert shard("student") in saved["files"]
+    file.write_text(json.dumps(saved | {"files": [*saved["files"], gone]}))
+    assert build(*resumed(run)).k == 4
+    assert gone in capfd.readouterr().out
+
+
 def damage(file, how):
     """Cut a file off in the middle, or remove it."""
     if how == "cut":
