@@ -2,12 +2,14 @@
 
     python tests/experiments/rounded.py --teacher ...                 # the flags of cdm.py
     python tests/experiments/rounded.py --stochastic --teacher ...
+    python tests/experiments/rounded.py --exact-ema --teacher ...
 
 After each update the parameters, both moments of AdamW and the averages are rounded to bf16. They
 stay in float32 tensors, and all arithmetic is float32's. So this is the rounding of
 `--weights bfloat16` and nothing else. A CPU without bf16 units needs much longer for the flag.
 
 With --stochastic a number is rounded up or down at random, so that small updates count on average.
+With --exact-ema the student's average is not rounded.
 """
 
 import sys
@@ -35,11 +37,16 @@ def main():
     stochastic = "--stochastic" in sys.argv
     if stochastic:
         sys.argv.remove("--stochastic")
+    exact_ema = "--exact-ema" in sys.argv
+    if exact_ema:
+        sys.argv.remove("--exact-ema")
+    trained = set()  # which dicts of parameters are no average
     step = cdm.Learner.step
     average_into = cdm.average_into
 
     def rounded_step(learner):
         norm = step(learner)
+        trained.add(id(learner.params))
         round_to_bf16(learner.params.values(), stochastic)
         for state in learner.optimizer.state.values():
             round_to_bf16([state["exp_avg"], state["exp_avg_sq"]], stochastic)
@@ -47,6 +54,8 @@ def main():
 
     def rounded_average(params, others, decay):
         average_into(params, others, decay)
+        if exact_ema and id(params) not in trained:
+            return
         round_to_bf16((params[name] for name in others), stochastic)
 
     cdm.Learner.step = rounded_step
