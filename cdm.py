@@ -653,8 +653,8 @@ class Pipeline:
         if config.get("use_dynamic_shifting"):  # mu is linear in the number of image tokens
             slope = config.max_shift - config.base_shift
             slope /= config.max_image_seq_len - config.base_image_seq_len
-            tokens = self.shape[1] * self.shape[2] / 4  # of 2 x 2 latents each
-            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+            image_tokens = self.shape[1] * self.shape[2] / 4  # of 2 x 2 latents each
+            mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
             shift = math.exp(mu)
         agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
         agrees = agrees and not config.get("stochastic_sampling")
@@ -720,17 +720,14 @@ class Pipeline:
             network = f'diffusers.AutoModel.from_pretrained("{folder}", dtype=torch.bfloat16)'
             load = f"pipe.transformer = {network}"
         options = {"height": self.resolution, "width": self.resolution, "guidance_scale": 1.0}
-        return (
-            Path(ASSETS, "student_README.md")
-            .read_text(encoding="utf-8")
-            .format(
-                teacher=self.name,
-                updates=updates,
-                absent="".join(f"{part}=None, " for part in absent),
-                load=load,
-                prompt=repr(prompt),
-                options=options | self.call_options(),
-            )
+        template = (ASSETS / "student_README.md").read_text(encoding="utf-8")
+        return template.format(
+            teacher=self.name,
+            updates=updates,
+            absent="".join(f"{part}=None, " for part in absent),
+            load=load,
+            prompt=repr(prompt),
+            options=options | self.call_options(),
         )
 
 
@@ -1048,6 +1045,8 @@ class Run:
         self.world = world
         self.k = 0
         self.stop = False  # a signal sets it
+        self.log = ""  # the log's text at the checkpoint from which the run continues
+        self.teacher_rows = []  # of the sample grid
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
         used = any(path.name != "lock" for path in self.folder.glob("*"))
@@ -1211,12 +1210,9 @@ class Run:
             size = sum(p.numel() * p.element_size() for p in self.ema.values()) / 1e9
             print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        log = ""
         if self.k:
-            checkpoint = self.folder / f"checkpoint_{self.k:06d}"
-            log = (checkpoint / self.log_file.name).read_text()
-            print(f"    continuing from {checkpoint}, with the log as it was there")
-        self.log_file.write_text(log)
+            print(f"    continuing from iteration {self.k}, with the log as it was there")
+        self.log_file.write_text(self.log)
 
     def say_what_to_do_next(self):
         """The last lines on the terminal."""
@@ -1237,10 +1233,11 @@ class Run:
         *numbers, stop = (values / self.world).tolist()  # the only place where the loop waits
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        advice = "start again with lower learning rates"
-        if self.checkpoints():
-            advice = "--resume the last checkpoint with lower --student-lr and --fake-lr"
-        require(not bad, f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
+        if bad:
+            advice = "start again with lower learning rates"
+            if self.checkpoints():
+                advice = "--resume the last checkpoint with lower --student-lr and --fake-lr"
+            raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
     @torch.no_grad()
@@ -1260,18 +1257,21 @@ class Run:
         for i in range(args.sample_count):
             gen = generator(args.seed, "sample", i)
             noise.append(torch.randn(1, *family.shape, generator=gen))
-        scale = 1 + args.alpha if args.ca_weight else 1
-        guided = family.guided(self.teacher, scale)
-        images = family.images(guided, noise, uniform_times(28, family.shift), prompts)
-        rows = [(f"teacher, 28 steps, guidance {scale:g}", images)]
-        for n in args.sample_steps:
-            times = uniform_times(n, family.shift)
-            images = family.images(self.teacher, noise, times, prompts)
-            rows.append((f"teacher, steps: {n}", images))
-            self.swap_ema()
+        grids = {n: uniform_times(n, family.shift) for n in args.sample_steps}
+        if not self.teacher_rows:  # drawn once
+            scale = 1 + args.alpha if args.ca_weight else 1
+            guided = family.guided(self.teacher, scale)
+            images = family.images(guided, noise, uniform_times(28, family.shift), prompts)
+            self.teacher_rows.append((f"teacher, 28 steps, guidance {scale:g}", images))
+            for n, times in grids.items():
+                images = family.images(self.teacher, noise, times, prompts)
+                self.teacher_rows.append((f"teacher, steps: {n}", images))
+        rows = self.teacher_rows[:1]
+        self.swap_ema()
+        for teacher_row, (n, times) in zip(self.teacher_rows[1:], grids.items(), strict=True):
             images = family.images(self.student.role, noise, times, prompts)
-            self.swap_ema()
-            rows.append((f"student, steps: {n}, iteration {self.k}", images))
+            rows += [teacher_row, (f"student, steps: {n}, iteration {self.k}", images)]
+        self.swap_ema()
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
 
@@ -1280,8 +1280,9 @@ class Run:
         names = [f.name for f in fields(CDM)]
         names += "batch_size micro_batch_size seed lora_rank weights no_t5 device".split()
         flags = {"--" + name.replace("_", "-"): getattr(self.args, name) for name in names}
+        teacher = self.family.name
         return flags | {
-            "--teacher": self.family.name,
+            "--teacher": os.path.realpath(teacher) if os.path.isdir(teacher) else teacher,
             "--prompts": f"of checksum {zlib.crc32(repr(self.prompts).encode())}",
             "--resolution": self.family.resolution,
             "processes": self.world,
@@ -1373,6 +1374,7 @@ class Run:
                 print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
         for name in saved["files"]:  # torch would not notice that the last shard is gone
             (folder / name).stat()
+        self.log = (folder / self.log_file.name).read_text()
         self.k = saved["iteration"]
         enough = self.k <= self.args.iterations
         require(enough, f"--resume: the run is at {self.k}: give more --iterations.")
@@ -1400,7 +1402,8 @@ class Run:
                 save_file(layers, tmp / LORA_FILE, metadata={"format": "pt"})
             else:
                 net = self.student.role.transformer
-                model = type(net).from_config(net.config)
+                with torch.device("meta"):  # no weights yet: all are assigned
+                    model = type(net).from_config(net.config)
                 model.load_state_dict(weights | dict(net.named_buffers()), assign=True)
                 if model.config.get("sample_size"):
                     model.register_to_config(sample_size=self.family.shape[-1])
@@ -1446,9 +1449,10 @@ def train(args, device, rank, world):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    lock = FileLock(Path(args.output_dir, "lock"))  # freed with this process, however it ends
+    lock_file = Path(args.output_dir, "lock")
+    lock = FileLock(lock_file)  # freed with this process, however it ends
     try:
-        if rank == 0 and args.resume and Path(args.output_dir, "lock").exists():
+        if rank == 0 and args.resume and lock_file.exists():
             lock.acquire(timeout=0)  # before the checkpoint is read
         run = Run(args, device, rank, world)
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):

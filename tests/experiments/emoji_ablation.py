@@ -67,6 +67,7 @@ GRIDS = {steps: shifted(int(steps)) for steps in ("1", "2", "4", "8")}
 GRIDS["uneven"] = torch.tensor([1, 0.8, 0.33, 0.1, 0])
 FEW = 100  # samples a group of every exported student, at 2 and 4 steps
 MANY = 300  # samples a group of the last one, on every grid
+MEMBERS = len(load_emoji()[1])
 LOGGED = "loss_fake loss_ca loss_dm loss_cdm w_ca w_dm w_cdm grad_norm_student".split()
 
 # --- 2. What is measured. ---
@@ -179,16 +180,15 @@ def over_seeds(cells, index, grid, key, count=FEW):
 def spread(values, scale=1, digits=0):
     """Mean ± standard deviation."""
     text = f"{scale * mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {scale * stdev(values):.{digits}f}"
-    return text
+    deviation = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return text + deviation
 
 
 def wrong(cells, index):
     """Share of blends at 4 steps plus share of the members that do not appear, of each seed."""
     blends = over_seeds(cells, index, "4", "blends")
     members = over_seeds(cells, index, "4", "members")
-    return [b + 1 - m / len(load_emoji()[1]) for b, m in zip(blends, members, strict=True)]
+    return [b + 1 - m / MEMBERS for b, m in zip(blends, members, strict=True)]
 
 
 def tables(found, teacher):

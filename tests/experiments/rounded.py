@@ -12,7 +12,9 @@ With --stochastic a number is rounded up or down at random, so that small update
 With --exact-ema the student's average is not rounded.
 """
 
+import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -34,12 +36,11 @@ def round_to_bf16(tensors, stochastic):
 
 
 def main():
-    stochastic = "--stochastic" in sys.argv
-    if stochastic:
-        sys.argv.remove("--stochastic")
-    exact_ema = "--exact-ema" in sys.argv
-    if exact_ema:
-        sys.argv.remove("--exact-ema")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stochastic", action="store_true")
+    parser.add_argument("--exact-ema", action="store_true")
+    own, flags = parser.parse_known_args()
+    round_all = partial(round_to_bf16, stochastic=own.stochastic)
     trained = set()  # which dicts of parameters are no average
     step = cdm.Learner.step
     average_into = cdm.average_into
@@ -47,20 +48,20 @@ def main():
     def rounded_step(learner):
         norm = step(learner)
         trained.add(id(learner.params))
-        round_to_bf16(learner.params.values(), stochastic)
+        round_all(learner.params.values())
         for state in learner.optimizer.state.values():
-            round_to_bf16([state["exp_avg"], state["exp_avg_sq"]], stochastic)
+            round_all([state["exp_avg"], state["exp_avg_sq"]])
         return norm
 
     def rounded_average(params, others, decay):
         average_into(params, others, decay)
-        if exact_ema and id(params) not in trained:
+        if own.exact_ema and id(params) not in trained:
             return
-        round_to_bf16((params[name] for name in others), stochastic)
+        round_all(params[name] for name in others)
 
     cdm.Learner.step = rounded_step
     cdm.average_into = rounded_average
-    return cdm.main()
+    return cdm.main(flags)
 
 
 if __name__ == "__main__":
