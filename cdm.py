@@ -1455,10 +1455,11 @@ def train(args, device, rank, world):
         if rank == 0 and args.resume and lock_file.exists():
             lock.acquire(timeout=0)  # before the checkpoint is read
         run = Run(args, device, rank, world)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, run.stop_soon)
+        signals = [signal.SIGINT, signal.SIGTERM]  # also where a shell ignores Ctrl-C for its jobs
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)  # not on Windows, and not under nohup, which ignores it
+        for number in signals:
+            signal.signal(number, run.stop_soon)
         run.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             lock.acquire(timeout=0)

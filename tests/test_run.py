@@ -182,12 +182,17 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 @pytest.fixture(scope="module")
 def interrupted(work):
-    """Folder, exit code and stderr of a run that got a signal after its first log line."""
+    """Folder, exit code and stderr of a run that got a signal after its first log line.
+
+    It begins as a shell begins a background job of a script: with SIGINT ignored.
+    """
+    script = "import cdm, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    script += "; sys.exit(cdm.main(sys.argv[1:]))"
 
     def interrupt(number):
         folder = work / number.name
         endless = ["--iterations", NEVER, *ONE_SAVE]
-        popen = process("cdm.py", *LIVELY, *endless, "--output-dir", folder)
+        popen = process("-c", script, *LIVELY, *endless, "--output-dir", folder)
         freeze_when(popen, lambda: logged(folder))
         popen.send_signal(number)
         popen.send_signal(signal.SIGCONT)
