@@ -374,7 +374,7 @@ class Learner:
 def average_into(params, others, decay):
     """p <- decay p + (1 - decay) other, in place, for each name in `others`."""
     for name, other in others.items():
-        params[name].lerp_(other, 1 - decay)
+        params[name].lerp_(other.to(params[name].dtype), 1 - decay)
 
 
 def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
@@ -509,7 +509,7 @@ class AnchorTime(torch.nn.Module):
 class Role:
     """A family's transformer as a model(x_t, t, cond) -> v. Latents: (B, C, h, w), float32.
 
-    With LoRA the three roles share one transformer, and `adapter` names this role's adapter: the
+    With LoRA all roles share one transformer, and `adapter` names this role's adapter: the
     teacher's is "", all adapters off. Without LoRA it is None.
     """
 
@@ -530,7 +530,7 @@ class Role:
             net.set_adapter(self.adapter)
         else:
             net.disable_adapters()
-        # set_adapter froze the other adapter, whose backward pass may still be to come.
+        # set_adapter froze the other adapters, and a backward pass of theirs may be to come.
         for name, p in net.named_parameters():
             p.requires_grad_("lora_" in name)
 
@@ -551,7 +551,7 @@ class Role:
         return v
 
     def parameters(self):
-        """The parameters that train, by name. Two adapters of a network have the same names."""
+        """This role's own parameters by name. All adapters of a network have the same names."""
         params = dict(self.transformer.named_parameters())
         if self.adapter:
             key = f".{self.adapter}."
@@ -588,7 +588,6 @@ class Pipeline:
         self.name = name
         self.absent = absent
         self.device = device
-        self.offload = args.offload_text_encoders
         weights = getattr(torch, args.weights)  # of what trains; all else is bf16 on a GPU
         self.dtype = torch.bfloat16 if device.type == "cuda" else weights
 
@@ -629,7 +628,12 @@ class Pipeline:
             missing = ", ".join(key for key, x in module.state_dict().items() if x.is_meta)
             part = type(module).__name__
             require(not missing, f"the files of {part} lack {missing}: copy them again.")
-            module.requires_grad_(False).eval().to(device)
+            module.requires_grad_(False).eval()
+            if args.offload_text_encoders and module in self.encoders:
+                module.register_forward_pre_hook(self.to_device)
+                module.register_forward_hook(self.to_cpu)
+            else:
+                module.to(device)
 
         # Sizes and times.
         scale = self.pipe.vae_scale_factor
@@ -665,16 +669,17 @@ class Pipeline:
         require(agrees, f"the scheduler of {self.name} does more than shift the times: {advice}.")
         return shift
 
+    def to_device(self, encoder, _):
+        """Hook: with --offload-text-encoders each one is on the GPU only while it runs."""
+        encoder.to(self.device)
+
+    def to_cpu(self, encoder, *_):
+        encoder.to("cpu")
+
     @torch.no_grad()
     def encode(self, prompts):
         """Prompts -> cond, a tuple of (B, ...) embeddings."""
-        for encoder in self.encoders:
-            encoder.to(self.device)
-        cond = self.embed(list(prompts))
-        if self.offload:
-            for encoder in self.encoders:
-                encoder.to("cpu")
-        return cond
+        return self.embed(list(prompts))
 
     def say_what_is_cut(self, prompts):
         """Print how many prompts are longer than a text encoder reads."""
@@ -1004,7 +1009,7 @@ def shard(net, parts, device):
     # Inputs are not cast: a bf16 timestep near 1000 would be off by up to 2.
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     for part in [*parts, net]:
-        # The root reshards too, because swap_ema edits the shards in place.
+        # The root reshards too, because average_into edits the shards in place.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -1072,35 +1077,37 @@ class Run:
             self.resume()
 
     def full_roles(self):
-        """Full fine-tuning: three networks, for teacher, student and fake score."""
+        """Full fine-tuning: four networks, for teacher, student, fake score and the average."""
         student = self.family.transformer
         fake_score = copy.deepcopy(student)
+        ema = copy.deepcopy(student).float()
         teacher = copy.deepcopy(student)
         for p in teacher.parameters():  # not buffers, such as position embeddings: both start alike
             p.data = p.data.to(self.family.dtype)
         student.requires_grad_(True)
         fake_score.requires_grad_(True)
-        return [Role(net, self.family) for net in (teacher, student, fake_score)]
+        return [Role(net, self.family) for net in (teacher, student, fake_score, ema)]
 
     def lora_roles(self):
-        """LoRA: one frozen network with two adapters. With both off it is the teacher; see Role."""
+        """LoRA: one frozen network with three adapters. With all off it is the teacher."""
         from peft import LoraConfig
 
         net = self.family.transformer
         rank = self.args.lora_rank
         torch.manual_seed(self.args.seed)  # peft draws from the global generator
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
-        net.add_adapter(config, "student")
-        net.add_adapter(config, "fake_score")
+        adapters = ["student", "fake_score", "ema"]
+        for adapter in adapters:
+            net.add_adapter(config, adapter)
         for name, p in net.named_parameters():
             if "lora_" in name:
                 p.data = p.data.float()
-        return [Role(net, self.family, adapter) for adapter in ("", "student", "fake_score")]
+        return [Role(net, self.family, adapter) for adapter in ("", *adapters)]
 
-    def build(self, teacher, student, fake):
-        """From the three roles: Learners of two of them, and the student's EMA."""
+    def build(self, teacher, student, fake, ema):
+        """From the four roles: what cdm_iteration needs, Learners of two of them."""
         args = self.args
-        for net in dict.fromkeys(role.transformer for role in (teacher, student, fake)):
+        for net in dict.fromkeys(role.transformer for role in (teacher, student, fake, ema)):
             if args.compile:
                 torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
                 for block in blocks(net):
@@ -1121,7 +1128,10 @@ class Run:
         self.teacher = teacher
         self.fake_score = Learner(fake, groups, args)
         self.student = Learner(student, [(student.parameters(), args.student_lr)], args)
-        self.ema = {name: p.detach().clone() for name, p in self.student.params.items()}
+        self.ema_role = ema
+        # Float32 also beside bf16 weights, in which steps of 1 - 0.999 would round away.
+        self.ema = {name: p.detach() for name, p in ema.parameters().items()}
+        average_into(self.ema, self.student.params, 0.0)
 
     def stop_soon(self, number, _):
         """Handle a signal: the first one stops after this iteration, the second one now."""
@@ -1207,7 +1217,7 @@ class Run:
         print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
         family.say_what_is_cut(self.prompts)
         if args.export_every:
-            size = sum(p.numel() * p.element_size() for p in self.ema.values()) / 1e9
+            size = sum(p.numel() * p.element_size() for p in self.student.params.values()) / 1e9
             print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if self.k:
@@ -1240,14 +1250,6 @@ class Run:
             raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
-    @torch.no_grad()
-    def swap_ema(self):
-        """Exchange the student's weights and their average, in place."""
-        for name, p in self.student.params.items():
-            average = self.ema[name].clone()
-            self.ema[name].copy_(p)
-            p.copy_(average)
-
     def draw_samples(self):
         """samples/step_NNNNNN.png: the EMA student's images under the teacher's."""
         args = self.args
@@ -1267,11 +1269,9 @@ class Run:
                 images = family.images(self.teacher, noise, times, prompts)
                 self.teacher_rows.append((f"teacher, steps: {n}", images))
         rows = self.teacher_rows[:1]
-        self.swap_ema()
         for teacher_row, (n, times) in zip(self.teacher_rows[1:], grids.items(), strict=True):
-            images = family.images(self.student.role, noise, times, prompts)
+            images = family.images(self.ema_role, noise, times, prompts)
             rows += [teacher_row, (f"student, steps: {n}, iteration {self.k}", images)]
-        self.swap_ema()
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
 
@@ -1389,7 +1389,7 @@ class Run:
         for name, x in self.ema.items():
             x = full(x)  # all ranks gather, rank 0 keeps
             if self.rank == 0:
-                weights[name] = x.cpu()
+                weights[name] = x.to("cpu", self.student.params[name].dtype)
         with self.replacing(folder) as tmp:
             if self.rank > 0:
                 return

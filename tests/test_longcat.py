@@ -268,10 +268,9 @@ def test_the_exported_student_draws_what_the_run_draws(trained, family, tmp_path
     """
     flags, folder = trained
     run = build("--output-dir", folder, "--resume", *flags)
-    run.swap_ema()
     few = cdm.uniform_times(4, family.shift)
     prompt = run.prompts[0]
-    (expected,) = family.images(run.student.role, [start(family)], few, [prompt])
+    (expected,) = family.images(run.ema_role, [start(family)], few, [prompt])
     assert readme_picture(folder).tobytes() == expected.tobytes()
     out = ["--output-dir", tmp_path, "--device", "cpu"]
     assert cdm_main(*flags[:4], "--student", folder, "--generate", prompt, *out) == 0

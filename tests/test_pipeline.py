@@ -117,10 +117,9 @@ def ema(trained):
     folder, flags = trained
     run = build("--output-dir", folder, "--resume", *flags)
     assert run.k == 6
-    run.swap_ema()
     noise = torch.randn(1, *run.family.shape, generator=torch.Generator().manual_seed(0))
     times = cdm.uniform_times(4, run.family.shift)
-    images = run.family.images(run.student.role, [noise] * len(PROMPTS), times, PROMPTS)
+    images = run.family.images(run.ema_role, [noise] * len(PROMPTS), times, PROMPTS)
     return [image.tobytes() for image in images]
 
 

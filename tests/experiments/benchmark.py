@@ -271,7 +271,7 @@ def state_terms(net, weights, rank):
     trained = net.num_parameters()
     size = BF16 if weights == "bfloat16" else FLOAT32
     positions = sum(buffer.numel() for buffer in net.buffers())
-    buffers = 3 * size * positions
+    buffers = (3 * size + FLOAT32) * positions
     if rank:
         names = tuple("." + target for target in cdm.Pipeline.lora_targets)
         layers = [module for name, module in net.named_modules() if name.endswith(names)]
@@ -282,7 +282,7 @@ def state_terms(net, weights, rank):
         "teacher (LoRA: the base of all roles), bf16": BF16 * net.num_parameters(),
         "student and fake score": 2 * size * trained,
         "their AdamW moments": 2 * 2 * size * trained,
-        "student EMA": size * trained,
+        "student EMA, float32": FLOAT32 * trained,
         "gradients, of one network at a time": size * trained,
         POSITIONS_TERM: buffers,
     }

@@ -2,14 +2,14 @@
 
     python tests/experiments/rounded.py --teacher ...                 # the flags of cdm.py
     python tests/experiments/rounded.py --stochastic --teacher ...
-    python tests/experiments/rounded.py --exact-ema --teacher ...
+    python tests/experiments/rounded.py --rounded-ema --teacher ...
 
-After each update the parameters, both moments of AdamW and the averages are rounded to bf16. They
-stay in float32 tensors, and all arithmetic is float32's. So this is the rounding of
-`--weights bfloat16` and nothing else. A CPU without bf16 units needs much longer for the flag.
+After each update the parameters and both moments of AdamW are rounded to bf16. They stay in float32
+tensors, and all arithmetic is float32's. So this is the rounding of `--weights bfloat16` and
+nothing else. A CPU without bf16 units needs much longer for the flag.
 
 With --stochastic a number is rounded up or down at random, so that small updates count on average.
-With --exact-ema the student's average is not rounded.
+With --rounded-ema the student's average is rounded, too, as by our reading the authors' is.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def round_to_bf16(tensors, stochastic):
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stochastic", action="store_true")
-    parser.add_argument("--exact-ema", action="store_true")
+    parser.add_argument("--rounded-ema", action="store_true")
     own, flags = parser.parse_known_args()
     round_all = partial(round_to_bf16, stochastic=own.stochastic)
     trained = set()  # which dicts of parameters are no average
@@ -55,9 +55,8 @@ def main():
 
     def rounded_average(params, others, decay):
         average_into(params, others, decay)
-        if own.exact_ema and id(params) not in trained:
-            return
-        round_all(params[name] for name in others)
+        if own.rounded_ema or id(params) in trained:
+            round_all(params[name] for name in others)
 
     cdm.Learner.step = rounded_step
     cdm.average_into = rounded_average
