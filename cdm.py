@@ -11,7 +11,7 @@ prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Im
 Section 1 is the algorithm. It uses torch alone and works for any model.
 Section 2 connects it to the two model families of diffusers. Section 3 runs it.
 
-Notation: t = 0 is data, t = 1 is noise, c is the prompt, (/) is the empty prompt, sg[] stops the
+Notation: t = 0 is data, t = 1 is noise, c is the prompt, uncond the empty one, sg[] stops the
 gradient.
 
     x_t = (1 - t) x_0 + t noise     a point on the straight path from data to noise
@@ -86,12 +86,12 @@ def times_like(t, x):
 
 
 def take(cond, rows):
-    """Some rows of a condition."""
+    """Some rows of a condition, a slice or indices."""
     return tuple(c[rows] for c in cond)
 
 
 def clean_estimate(x_t, t, v):
-    """D(x_t, t, c) = x_t - t v: where the straight path with this velocity starts.  (Eq. 1)"""
+    """D(x_t, t, c) = x_t - t v: the end at t = 0 of the straight path through x_t.  (Eq. 1)"""
     return x_t - times_like(t, x_t) * v
 
 
@@ -112,7 +112,10 @@ def shift_times(t, shift):
 
 
 def uniform_times(steps, shift=1.0):
-    """The sampling grid 1, 1 - 1/steps, ..., shifted: 1, 0.9, 0.75, 0.5 for 4 steps and shift 3."""
+    """The sampling grid 1, 1 - 1/steps, ..., shifted: 1, 0.9, 0.75, 0.5 for 4 steps and shift 3.
+
+    Returns (steps,) times on the CPU.
+    """
     return shift_times(1 - torch.arange(steps) / steps, shift)
 
 
@@ -177,9 +180,9 @@ def sample(model, noise, times, cond):
 # --- The losses (Eqs. 3-4; sec. 3.3). ---
 #
 # All are pseudo-target regressions: x0_hat carries the student's gradient, and is pulled towards
-# sg[x0_hat + w delta]. The student's return the loss and w, (B,). To add one, write a function
-# here, give it a weight in CDM and in check(), a name in draw_iteration's `tau`, and a call in
-# cdm_iteration.
+# sg[x0_hat + w delta]. ca_loss and dm_loss return the loss, a scalar, and w, (B,). To add a loss,
+# write a function here, give it a weight in CDM and in check(), a name in draw_iteration's `tau`,
+# and a call in cdm_iteration. The comment beside a field of CDM is its flag's help.
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
@@ -199,7 +202,7 @@ def pseudo_target_loss(x0_hat, delta, w):
 
 
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
-    """L_CA, CFG augmentation: delta = alpha [D_real(z, tau, c) - D_real(z, tau, (/))].  (Eqs. 3-4)
+    """L_CA, CFG augmentation: delta = alpha [D_real(z, c) - D_real(z, uncond)].  (Eqs. 3-4)
 
     x0_hat: the student's clean estimate at its anchor; tau: (B,), bounded by the anchor's time;
     noise: fresh; uncond: the empty prompt's condition.
@@ -213,7 +216,7 @@ def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
 
 
 def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
-    """L_DM, distribution matching: delta = D_real(z, tau, c) - D_fake(z, tau, c).  (Eqs. 3-4)
+    """L_DM, distribution matching: delta = D_real(z, c) - D_fake(z, c).  (Eqs. 3-4)
 
     L_CDM (sec. 3.3) is this function with x0_hat from the off-trajectory point. By Tweedie's
     formula delta is tau^2 / (1 - tau) (s_real - s_fake), the DMD direction. tau: (B,) times; noise:
@@ -247,12 +250,12 @@ class AnchorAware:
 
 @dataclass
 class CDM(AnchorAware):
-    """The method. Defaults: the authors' for SD3-Medium, whose rates belong to bf16 weights."""
+    """The method. Defaults are the authors' for SD3-Medium; their rates assume bf16 weights."""
 
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
     dm_weight: float = 1.0  # weight of L_DM, distribution matching
     cdm_weight: float = 1.0  # weight of L_CDM, continuous-time matching
-    alpha: float = 7.0  # guidance in L_CA: the student aims at the teacher's CFG of scale 1 + alpha
+    alpha: float = 7.0  # guidance in L_CA; like the teacher's CFG of scale 1 + alpha
     schedule: Literal["dynamic", "fixed"] = "dynamic"  # fixed: DMD2's 1, 0.75, 0.5, 0.25, shifted
     max_schedule_steps: int = 28  # N_max, the most steps of a dynamic schedule
     time_low: float = 0.25  # inner times are U[time_low, time_high] before the shift
@@ -267,8 +270,8 @@ class CDM(AnchorAware):
     warmup: int = 100  # updates of linear learning-rate warm-up, of each network
     weight_decay: float = 1e-4  # AdamW weight decay
     clip: float = 1.0  # largest gradient norm
-    ema_decay: float = 0.999  # of the student's EMA, warmed up as (1 + n) / (10 + n)
-    fake_pull: float = 0.999  # beta, which pulls the fake score to the student; 1 switches it off
+    ema_decay: float = 0.999  # of the student's EMA; at most (1 + n) / (10 + n) after n updates
+    fake_pull: float = 0.999  # beta, in phi <- beta phi + (1 - beta) theta; 1: no pull
 
 
 @dataclass
@@ -280,7 +283,6 @@ class Draw:
     t_off: torch.Tensor  # (B,) t', where L_CDM looks
     tau: dict  # (B,) for each of "ca", "dm", "cdm", "fake": the time of its re-noising
     noise: dict  # (B, ...) for the same names, and for "start": x at t = 1
-    idle_calls: int = 0  # not random: for FSDP, see cdm_iteration
 
 
 def generator(*key, device="cpu"):
@@ -288,11 +290,12 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), device="cpu", ranks=1):
-    """The Draw of iteration k for some rows of a global batch of samples of the given shape.
+def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), device="cpu"):
+    """The Draw of iteration k = 1, 2, ... for a part of the batch.
 
-    A sample's draws do not depend on the number of processes or micro-batches. Each loss has
-    generators of its own, so a new loss changes no other draw.
+    batch: samples over all processes; shape: of one sample; shift: of the schedule's times; rows:
+    the part. A sample's draws do not depend on how the batch is divided. Each loss has generators
+    of its own, so a new loss changes no other draw.
     """
     gen = generator(seed, k, "schedule")
     if cfg.schedule == "dynamic":
@@ -301,8 +304,7 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         )
     else:
         schedule = uniform_times(4, shift)
-    all_indices = torch.randint(len(schedule), (batch,), generator=gen)
-    index = all_indices[rows]
+    index = torch.randint(len(schedule), (batch,), generator=gen)[rows]
     t_i = schedule[index].to(device, non_blocking=True)
 
     def uniform(name):
@@ -320,17 +322,15 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         "cdm": uniform("cdm"),
         "fake": uniform("fake"),
     }
-    tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
+    tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}  # also over t_i
     noise = {name: normal(name) for name in ("start", *tau)}
 
-    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1], whatever the schedule
+    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1] with any schedule
     if cfg.cdm_point == "anchor":
         t_off = t_i
     if cfg.cdm_point == "renoise":
         noise["off"] = normal("off")
-
-    idle_calls = int(all_indices.max() - index.max()) if ranks > 1 else 0
-    return Draw(schedule, index, t_off, tau, noise, idle_calls)
+    return Draw(schedule, index, t_off, tau, noise)
 
 
 # --- One iteration. ---
@@ -347,9 +347,10 @@ class Learner:
         self.cfg = cfg
         self.updates = 0
         self.params = {name: p for params, _ in groups for name, p in params.items()}
-        lrs = [{"params": list(params.values()), "base_lr": lr} for params, lr in groups]
-        self.optimizer = torch.optim.AdamW(lrs, weight_decay=cfg.weight_decay, fused=True)
-        # AdamW would create its state at the first step. A resumed run fills it before that.
+        groups = [{"params": list(params.values()), "base_lr": lr} for params, lr in groups]
+        # step() sets the learning rates.
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
+        # AdamW's state exists before its first step, so that a resumed run has tensors to fill.
         for p in self.params.values():
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -394,20 +395,21 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
     def student_estimate(x_t, t, cond):  # D_theta
         return clean_estimate(x_t, t, student.role(x_t, t, cond))
 
-    def fake_from(t):
-        """The fake score. NOT IN THE PAPER: if anchor-aware, it knows t, x0_hat's own time."""
+    def fake_score_for(made_at):
+        """The fake score. NOT IN THE PAPER: if anchor-aware, it knows when x0_hat was made."""
         if cfg.anchor_aware_fake:
-            return partial(fake_score.role, anchor_t=t)
+            return partial(fake_score.role, made_at=made_at)
         return fake_score.role
 
-    # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
     points = []
     for cond, _, d in batches:
+        # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
         anchor = backward_simulation(student.role, d.noise["start"], d.schedule, d.index, cond)
-        # FSDP gathers weights in every call, so all ranks must make the same number of calls.
-        for _ in range(d.idle_calls):
-            with torch.no_grad():
-                student.role(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
+        if torch.distributed.is_initialized():
+            # FSDP gathers weights in every call, so all processes must make as many calls.
+            for _ in range(int(d.index.max()) + 1, len(d.schedule)):
+                with torch.no_grad():
+                    student.role(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
 
         # Eq. 1 with the recorded velocity: the clean estimate needs no further evaluation.
         x0 = clean_estimate(anchor.x_t, anchor.t, anchor.v)
@@ -415,20 +417,20 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         x_off = euler_step(anchor.x_t, anchor.t, d.t_off, anchor.v)
         if cfg.cdm_point == "renoise":  # the paper's ablation of Eq. 7
             x_off = add_noise(x0, d.t_off, d.noise["off"])
-        points.append((anchor, x0, x_off))
+        points.append((anchor, x_off))
 
-    # Fake score, in every iteration: flow matching on the student's clean estimates.
-    for (cond, _, d), (anchor, x0, x_off) in zip(batches, points, strict=True):
-        t_from = anchor.t
+        # Fake score, in every iteration: flow matching on the student's clean estimates.
+        made_at = anchor.t
         if cfg.anchor_aware_fake and cfg.cdm_weight:
             # NOT IN THE PAPER: L_CDM asks this fake score about t' too, so it also trains there.
-            rows = slice(k % 2, None, 2)  # every other row
+            # Even and odd rows take turns, so that a micro-batch of 1 sees both.
+            rows = slice(k % 2, None, 2)
             if len(x0[rows]):
                 with torch.no_grad():
                     x0[rows] = student_estimate(x_off[rows], d.t_off[rows], take(cond, rows))
-                t_from = anchor.t.clone()
-                t_from[rows] = d.t_off[rows]
-        loss = fake_score_loss(fake_from(t_from), x0, cond, d.tau["fake"], d.noise["fake"])
+                made_at = anchor.t.clone()
+                made_at[rows] = d.t_off[rows]
+        loss = fake_score_loss(fake_score_for(made_at), x0, cond, d.tau["fake"], d.noise["fake"])
         record(loss_fake=loss)
         (scale * loss).backward()
     stats["grad_norm_fake"] = fake_score.step()
@@ -437,7 +439,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         return stats
 
     # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM.
-    for (cond, uncond, d), (anchor, _, x_off) in zip(batches, points, strict=True):
+    for (cond, uncond, d), (anchor, x_off) in zip(batches, points, strict=True):
         tau, noise = d.tau, d.noise
         # L_CA and L_DM at the anchor, from one evaluation of the student.
         if cfg.ca_weight or cfg.dm_weight:
@@ -448,7 +450,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
                 loss = loss + cfg.ca_weight * ca
                 record(loss_ca=ca, w_ca=w.mean())
             if cfg.dm_weight:
-                fake = fake_from(anchor.t)
+                fake = fake_score_for(anchor.t)
                 dm, w = dm_loss(x0_hat, teacher, fake, cond, tau["dm"], noise["dm"])
                 loss = loss + cfg.dm_weight * dm
                 record(loss_dm=dm, w_dm=w.mean())
@@ -457,7 +459,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         # L_CDM off the trajectory, from another.
         if cfg.cdm_weight:
             x0_hat = student_estimate(x_off, d.t_off, cond)
-            fake = fake_from(d.t_off)
+            fake = fake_score_for(d.t_off)
             cdm, w = dm_loss(x0_hat, teacher, fake, cond, tau["cdm"], noise["cdm"])
             (scale * cfg.cdm_weight * cdm).backward()
             record(loss_cdm=cdm, w_cdm=w.mean())
@@ -517,7 +519,7 @@ class Role:
         self.transformer = transformer
         self.family = family
         self.adapter = adapter
-        self.anchor_time = None  # an AnchorTime, for the anchor-aware fake score
+        self.made_atime = None  # an AnchorTime, for the anchor-aware fake score
 
     def activate(self, *_):
         """Switch the shared transformer to this role. Also a backward hook, hence the `*_`."""
@@ -534,13 +536,13 @@ class Role:
         for name, p in net.named_parameters():
             p.requires_grad_("lora_" in name)
 
-    def __call__(self, x_t, t, cond, anchor_t=None):
+    def __call__(self, x_t, t, cond, made_at=None):
         self.activate()
         bf16 = self.family.dtype == torch.bfloat16
         # No autocast cache: it would keep a bf16 copy of every weight.
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            if anchor_t is not None:  # added to the last condition, to all its tokens alike
-                shown = self.anchor_time(anchor_t).to(cond[-1].dtype)
+            if made_at is not None:  # added to the last condition, to all its tokens alike
+                shown = self.made_atime(made_at).to(cond[-1].dtype)
                 shown = shown.reshape(len(shown), *[1] * (cond[-1].ndim - 2), -1)
                 cond = (*cond[:-1], cond[-1] + shown)
             v = self.family.velocity(self.transformer, x_t, t, cond).float()
@@ -1125,8 +1127,8 @@ class Run:
             layer = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
             if self.world > 1:
                 shard(layer, [], self.device)
-            fake.anchor_time = layer
-            params = {f"anchor_time.{name}": p for name, p in layer.named_parameters()}
+            fake.made_atime = layer
+            params = {f"made_atime.{name}": p for name, p in layer.named_parameters()}
             groups.append((params, args.anchor_lr))
         self.teacher = teacher
         self.fake_score = Learner(fake, groups, args)
@@ -1174,8 +1176,9 @@ class Run:
         batches = []
         for i in range(0, self.batch, n):
             rows = slice(first + i, first + i + n)
-            size = (args.batch_size, family.shape, family.shift)
-            draw = draw_iteration(args, args.seed, k, *size, rows, self.device, self.world)
+            draw = draw_iteration(
+                args, args.seed, k, args.batch_size, family.shape, family.shift, rows, self.device
+            )
             batches.append((take(cond, slice(i, i + n)), family.uncond(n), draw))
         return batches
 

@@ -131,7 +131,7 @@ MIXTURES = {
 class Net(nn.Module):
     """v(x_t, t, c) by residual layers. Shapes as in Mixture.velocity.
 
-    anchor_t, (B,), is for the anchor-aware fake score: the time of its clean estimate. Its layer
+    made_at, (B,), is for the anchor-aware fake score: the time of its clean estimate. Its layer
     starts at zero, so that it changes nothing at first.
     """
 
@@ -152,10 +152,10 @@ class Net(nn.Module):
     def waves(self, t):
         return torch.addmm(self.phase, t[:, None], self.frequency).sin()
 
-    def forward(self, x_t, t, cond, anchor_t=None):
+    def forward(self, x_t, t, cond, made_at=None):
         h = self.inp(torch.cat([x_t, self.waves(t)], 1)) + self.cls(cond[0])
-        if anchor_t is not None:
-            h = h + self.anchor(self.waves(anchor_t))
+        if made_at is not None:
+            h = h + self.anchor(self.waves(made_at))
         for layer in self.hidden:
             h = h + F.silu(layer(h))
         return self.out(h)

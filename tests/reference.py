@@ -60,7 +60,7 @@ class Call:
 
     x: torch.Tensor
     t: torch.Tensor
-    anchor_t: torch.Tensor | None
+    made_at: torch.Tensor | None
     grad: bool  # gradients were on
 
 
@@ -75,13 +75,13 @@ class Net(torch.nn.Module):
         self.b = torch.nn.Linear(16, n).double()
         for i, p in enumerate(self.parameters()):
             p.data = 0.5 * randn(*p.shape, seed=100 * seed + i)
-        self.anchor_time = cdm.AnchorTime(3).double() if aware else None
+        self.made_atime = cdm.AnchorTime(3).double() if aware else None
 
-    def forward(self, x, t, cond, anchor_t=None):
-        self.log.append(Call(x.detach(), t, anchor_t, torch.is_grad_enabled()))
+    def forward(self, x, t, cond, made_at=None):
+        self.log.append(Call(x.detach(), t, made_at, torch.is_grad_enabled()))
         tokens, pooled = cond
-        if anchor_t is not None:
-            pooled = pooled + self.anchor_time(anchor_t)
+        if made_at is not None:
+            pooled = pooled + self.made_atime(made_at)
         h = torch.cat([x.flatten(1), t[:, None], tokens.mean(1), pooled], 1)
         return self.b(torch.tanh(self.a(h))).view(x.shape)
 
@@ -235,15 +235,14 @@ class World:
         uncond = cdm.take(conditions(self.batch, 1000), rows)
         return cond, uncond, d
 
-    def iterate(self, k, micro=1, idle_calls=0):
+    def iterate(self, k, micro=1):
         """Run iteration k in `micro` micro-batches and return its log."""
         for net in self.nets.values():
             net.log.clear()
         n = self.batch // micro
         batches = []
         for first in range(0, self.batch, n):
-            cond, uncond, d = self.draw(k, slice(first, first + n))
-            batches.append((cond, uncond, replace(d, idle_calls=idle_calls)))
+            batches.append(self.draw(k, slice(first, first + n)))
         learners = self.student_learner, self.fake_learner
         return cdm.cdm_iteration(k, batches, self.teacher, *learners, self.ema, self.cfg)
 

@@ -226,21 +226,11 @@ def test_draw_differs_by_seed_and_by_iteration(seed, k):
 @pytest.mark.parametrize("rows", [slice(None), slice(2, 4)])
 def test_a_rank_holds_its_rows_of_the_global_batch(rows):
     """Rank 1 of 4 holds rows 2 and 3 of the very batch that a single process draws."""
-    a, b = draw_8(cdm.CDM(), 0, 5), draw_8(cdm.CDM(), 0, 5, rows=rows, ranks=4)
+    a, b = draw_8(cdm.CDM(), 0, 5), draw_8(cdm.CDM(), 0, 5, rows=rows)
     assert torch.equal(a.schedule, b.schedule)
     assert by_name(a).keys() == by_name(b).keys()
     for name, x in by_name(a).items():
         assert torch.equal(x[rows], by_name(b)[name])
-
-
-@pytest.mark.parametrize("k", range(1, 9))
-def test_idle_calls_even_out_the_ranks(k):
-    """With its idle calls, each rank calls the student as often as the rank of the last anchor."""
-    alone = draw_8(cdm.CDM(), 0, k)
-    assert alone.idle_calls == 0
-    for first in range(0, 8, 2):
-        d = draw_8(cdm.CDM(), 0, k, rows=slice(first, first + 2), ranks=4)
-        assert int(d.index.max()) + d.idle_calls == int(alone.index.max())
 
 
 def test_each_time_and_noise_depends_on_its_own_name_alone():

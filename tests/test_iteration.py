@@ -117,15 +117,25 @@ def test_evaluations_per_student_update():
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_idle_calls_change_nothing(micro):
-    """3 idle calls in each micro-batch are one-sample calls without gradient, to no effect."""
+def test_processes_make_the_same_number_of_calls(micro, monkeypatch):
+    """Among several processes each micro-batch calls the student once for every time of the
+    schedule. The calls beyond its last anchor are of one sample, and change nothing.
+    """
     plain, idle = World(Settings()), World(Settings())
-    for k in (1, 2):
-        want, got = plain.iterate(k, micro), idle.iterate(k, micro, idle_calls=3)
-        assert len(idle.student.log) == len(plain.student.log) + 3 * micro
-        extra = {"simulation": plain.evaluations()["simulation"] + 3 * micro}
-        assert idle.evaluations() == plain.evaluations() | extra
+    total = 0
+    for k in range(1, 7):
+        want = plain.iterate(k, micro)
+        with monkeypatch.context() as several:
+            several.setattr(torch.distributed, "is_initialized", lambda: True)
+            got = idle.iterate(k, micro)
+        simulated = [call for call in idle.student.log if not call.grad]
+        assert len(simulated) == micro * len(plain.draw(k)[2].schedule)
+        extra = len(idle.student.log) - len(plain.student.log)
+        total += extra
+        more = {"simulation": plain.evaluations()["simulation"] + extra}
+        assert idle.evaluations() == plain.evaluations() | more
         assert got == want
+    assert total > 0
     for name, net in plain.nets.items():
         for key, p in parameters(net).items():
             assert torch.equal(parameters(idle.nets[name])[key], p)
@@ -305,12 +315,12 @@ def test_micro_batches(aware, micro):
 # --- Not in the paper: the anchor-aware fake score. ---
 
 
-def test_anchor_time_starts_at_zero():
+def test_made_atime_starts_at_zero():
     """The layer that tells the time gives 0 at first, so the fake score is the paper's."""
     assert (cdm.AnchorTime(5)(torch.rand(7)) == 0).all()
     t, cond = torch.linspace(0.02, 1, 6).double(), conditions(6)
     aware, plain = Net((2,), 3, aware=True), Net((2,), 3)
-    told = aware(randn(6, 2), t, cond, anchor_t=t.flip(0))
+    told = aware(randn(6, 2), t, cond, made_at=t.flip(0))
     assert torch.equal(told, plain(randn(6, 2), t, cond))
 
 
@@ -325,7 +335,7 @@ def test_anchor_aware_fake_starts_as_the_papers():
     assert torch.equal(aware.iterate(1)["loss_fake"], plain.iterate(1)["loss_fake"])
     for name, g in plain.gradients["fake"].items():
         assert torch.equal(aware.gradients["fake"][name], g)
-    assert aware.fake.anchor_time.linear.weight.abs().max() > 0
+    assert aware.fake.made_atime.linear.weight.abs().max() > 0
 
 
 def test_the_papers_fake_score_is_told_no_time():
@@ -333,7 +343,7 @@ def test_the_papers_fake_score_is_told_no_time():
     world = World(Settings())
     for k in (1, 2):
         world.iterate(k)
-        assert all(call.anchor_t is None for call in world.fake.log)
+        assert all(call.made_at is None for call in world.fake.log)
 
 
 @pytest.mark.parametrize("cdm_weight", [0.0, 1.0])
@@ -348,7 +358,7 @@ def test_anchor_aware_fake_is_told_the_time_of_each_loss(cdm_weight):
             want.append(world.draw(k)[2].t_off)
         asked = world.fake.log[1:]  # the first call trains it
         assert len(asked) == len(want)
-        assert all(torch.equal(call.anchor_t, t) for call, t in zip(asked, want, strict=True))
+        assert all(torch.equal(call.made_at, t) for call, t in zip(asked, want, strict=True))
 
 
 @pytest.mark.parametrize("cdm_weight", [0.0, 1.0])
@@ -368,7 +378,7 @@ def test_anchor_aware_fake_also_trains_off_the_trajectory(cdm_weight):
         if not cdm_weight:
             off = torch.zeros(8, dtype=torch.bool)
         train = world.fake.log[0]
-        assert torch.equal(train.anchor_t, torch.where(off, d.t_off, t_i))
+        assert torch.equal(train.made_at, torch.where(off, d.t_off, t_i))
         x_off = x + (d.t_off - t_i)[:, None] * v
         x0 = torch.where(col(off, x), D(student, x_off, d.t_off, cond), x - t_i[:, None] * v)
         assert_close(train.x, noised(x0, d.tau["fake"], d.noise["fake"]))

@@ -214,7 +214,7 @@ def test_all_roles_start_as_the_teacher(kind, dtype, longcat, monkeypatch):
     expected = run.teacher(x, t, cond)
     assert torch.equal(run.student.role(x, t, cond), expected)
     assert torch.equal(run.fake_score.role(x, t, cond), expected)
-    assert torch.equal(run.fake_score.role(x, t, cond, anchor_t=t.flip(0)), expected)
+    assert torch.equal(run.fake_score.role(x, t, cond, made_at=t.flip(0)), expected)
 
 
 def test_resume_bit_for_bit(trained, tmp_path):

@@ -238,7 +238,7 @@ def test_all_roles_start_as_the_teacher(flags, pipe, tmp_path):
     for role in (run.teacher, run.student.role, run.fake_score.role, run.teacher):
         assert torch.equal(role(x, t, cond), expected)
     if "--anchor-aware-fake" in flags:
-        assert torch.equal(run.fake_score.role(x, t, cond, anchor_t=t.flip(0)), expected)
+        assert torch.equal(run.fake_score.role(x, t, cond, made_at=t.flip(0)), expected)
 
 
 def test_building_a_run_writes_nothing(tmp_path):

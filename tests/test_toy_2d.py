@@ -235,7 +235,7 @@ def test_the_anchor_layer_starts_without_effect():
     net = toy.Net(2)
     x, c = toy.start(toy.MIXTURES["ring"], 64, "bits")
     t = torch.rand(64, generator=cdm.generator("bits t"))
-    assert torch.equal(net(x, t, (c,)), net(x, t, (c,), anchor_t=t.flip(0)))
+    assert torch.equal(net(x, t, (c,)), net(x, t, (c,), made_at=t.flip(0)))
 
 
 def test_an_anchor_aware_fake_score_starts_with_the_losses_of_a_plain_one():

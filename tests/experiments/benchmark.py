@@ -375,6 +375,8 @@ class Meter:
 
         def simulated(simulate):
             def with_a_lap(*rest):
+                if self.evaluations:  # of an earlier micro-batch
+                    self.lap("fake-score updates")
                 anchor = simulate(*rest)
                 self.lap("backward simulation")
                 return anchor
