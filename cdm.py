@@ -1085,7 +1085,7 @@ class Run:
         """Full fine-tuning: four networks, for teacher, student, fake score and the average."""
         student = self.family.transformer
         fake_score = copy.deepcopy(student)
-        ema = copy.deepcopy(student).float()
+        ema = copy.deepcopy(student).float()  # in bf16 its steps of 1 - 0.999 would round away
         teacher = copy.deepcopy(student)
         for p in teacher.parameters():  # not buffers, such as position embeddings: both start alike
             p.data = p.data.to(self.family.dtype)
@@ -1134,8 +1134,7 @@ class Run:
         self.fake_score = Learner(fake, groups, args)
         self.student = Learner(student, [(student.parameters(), args.student_lr)], args)
         self.ema_role = ema
-        # Float32 also beside bf16 weights, in which steps of 1 - 0.999 would round away.
-        self.ema = {name: p.detach() for name, p in ema.parameters().items()}
+        self.ema = ema.parameters()
         average_into(self.ema, self.student.params, 0.0)
 
     def stop_soon(self, number, _):
@@ -1389,6 +1388,7 @@ class Run:
         for name, tensors in self.state().items():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / name))
 
+    @torch.no_grad()
     def export(self, folder):
         """The EMA student as diffusers loads it, and a README that says how."""
         weights = {}
