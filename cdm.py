@@ -1085,7 +1085,7 @@ class Run:
         """Full fine-tuning: four networks, for teacher, student, fake score and the average."""
         student = self.family.transformer
         fake_score = copy.deepcopy(student)
-        ema = copy.deepcopy(student).float()  # in bf16 its steps of 1 - 0.999 would round away
+        ema = copy.deepcopy(student).float()  # in bf16 most of its small steps round away
         teacher = copy.deepcopy(student)
         for p in teacher.parameters():  # not buffers, such as position embeddings: both start alike
             p.data = p.data.to(self.family.dtype)
