@@ -792,7 +792,7 @@ def print_readme_tables():
     net = empty_network("LongCatImageTransformer2DModel", LONGCAT_IMAGE)
     columns = [state_terms(net, *way) for way in WAYS.values()]
     encoders = BF16 * sum(LONGCAT_ENCODERS.values()) / GB
-    adapter = columns[-1]["student EMA"] // FLOAT32
+    adapter = columns[-1]["student EMA, float32"] // FLOAT32
     print()
     print(f"{'LongCat-Image, GB':46}" + "".join(f"{way:>16}" for way in WAYS))
     print_row("networks, AdamW, EMA, gradients", [sum(x.values()) / GB for x in columns], 1)
