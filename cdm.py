@@ -509,56 +509,27 @@ class AnchorTime(torch.nn.Module):
 
 
 class Role:
-    """A family's transformer as a model(x_t, t, cond) -> v. Latents: (B, C, h, w), float32.
+    """A family's transformer as a model(x_t, t, cond) -> v. Latents: (B, C, h, w), float32."""
 
-    With LoRA all roles share one transformer, and `adapter` names this role's adapter: the
-    teacher's is "", all adapters off. Without LoRA it is None.
-    """
-
-    def __init__(self, transformer, family, adapter=None):
+    def __init__(self, transformer, family):
         self.transformer = transformer
         self.family = family
-        self.adapter = adapter
-        self.made_atime = None  # an AnchorTime, for the anchor-aware fake score
-
-    def activate(self, *_):
-        """Switch the shared transformer to this role. Also a backward hook, hence the `*_`."""
-        net = self.transformer
-        if self.adapter is None or getattr(net, "active_role", None) == self.adapter:
-            return
-        net.active_role = self.adapter
-        if self.adapter:
-            net.enable_adapters()
-            net.set_adapter(self.adapter)
-        else:
-            net.disable_adapters()
-        # set_adapter froze the other adapters, and a backward pass of theirs may be to come.
-        for name, p in net.named_parameters():
-            p.requires_grad_("lora_" in name)
+        self.anchor_time = None  # an AnchorTime, for the anchor-aware fake score
 
     def __call__(self, x_t, t, cond, made_at=None):
-        self.activate()
         bf16 = self.family.dtype == torch.bfloat16
         # No autocast cache: it would keep a bf16 copy of every weight.
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             if made_at is not None:  # added to the last condition, to all its tokens alike
-                shown = self.made_atime(made_at).to(cond[-1].dtype)
+                shown = self.anchor_time(made_at).to(cond[-1].dtype)
                 shown = shown.reshape(len(shown), *[1] * (cond[-1].ndim - 2), -1)
                 cond = (*cond[:-1], cond[-1] + shown)
-            v = self.family.velocity(self.transformer, x_t, t, cond).float()
-        if v.requires_grad and self.adapter:
-            # Checkpointing runs the forward pass again inside backward, when another role may be
-            # active. This hook runs before that and switches back.
-            v.register_hook(self.activate)
-        return v
+            return self.family.velocity(self.transformer, x_t, t, cond).float()
 
     def parameters(self):
-        """This role's own parameters by name. All adapters of a network have the same names."""
-        params = dict(self.transformer.named_parameters())
-        if self.adapter:
-            key = f".{self.adapter}."
-            params = {name.replace(key, "."): p for name, p in params.items() if key in name}
-        return params
+        """What is trained or averaged, by name: all parameters, or those of a LoRA alone."""
+        named = self.transformer.named_parameters()
+        return {name.replace(".default.", "."): p for name, p in named if p.requires_grad}
 
 
 def add_lora(net, folder):
@@ -1073,52 +1044,55 @@ class Run:
 
         self.prompts = read_prompts(args.prompts)
         self.family = load_family(args, device)
-        if args.lora_rank:
-            self.build(*self.lora_roles())
-        else:
-            self.build(*self.full_roles())
+        self.build()
         self.rehearse()
         if args.resume:
             self.resume()
 
-    def full_roles(self):
-        """Full fine-tuning: four networks, for teacher, student, fake score and the average."""
-        student = self.family.transformer
+    def full_networks(self):
+        """Full fine-tuning: each role has weights of its own."""
+        teacher = self.family.transformer
+        student = copy.deepcopy(teacher).requires_grad_(True)
         fake_score = copy.deepcopy(student)
         ema = copy.deepcopy(student).float()  # in bf16 most of its small steps round away
-        teacher = copy.deepcopy(student)
-        for p in teacher.parameters():  # not buffers, such as position embeddings: both start alike
+        for p in teacher.parameters():  # buffers, such as position embeddings, stay the student's
             p.data = p.data.to(self.family.dtype)
-        student.requires_grad_(True)
-        fake_score.requires_grad_(True)
-        return [Role(net, self.family) for net in (teacher, student, fake_score, ema)]
+        return teacher, student, fake_score, ema
 
-    def lora_roles(self):
-        """LoRA: one frozen network with three adapters. With all off it is the teacher."""
+    def lora_networks(self):
+        """LoRA: all roles share the frozen weights. All but the teacher have an adapter."""
         from peft import LoraConfig
 
-        net = self.family.transformer
+        teacher = self.family.transformer
+        frozen = [*teacher.parameters(), *teacher.buffers()]
         rank = self.args.lora_rank
         torch.manual_seed(self.args.seed)  # peft draws from the global generator
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
-        adapters = ["student", "fake_score", "ema"]
-        for adapter in adapters:
-            net.add_adapter(config, adapter)
-        for name, p in net.named_parameters():
-            if "lora_" in name:
-                p.data = p.data.float()
-        return [Role(net, self.family, adapter) for adapter in ("", *adapters)]
+        networks = [teacher]
+        for _ in ("student", "fake_score", "ema"):
+            net = copy.deepcopy(teacher, {id(x): x for x in frozen})  # these are not copied
+            net.add_adapter(config)
+            for p in net.parameters():
+                if p.requires_grad:
+                    p.data = p.data.float()
+            networks.append(net)
+        return networks
 
-    def build(self, teacher, student, fake, ema):
-        """From the four roles: what cdm_iteration needs, Learners of two of them."""
+    def build(self):
+        """From the four networks: what cdm_iteration needs, Learners of two of them."""
         args = self.args
-        for net in dict.fromkeys(role.transformer for role in (teacher, student, fake, ema)):
+        if args.lora_rank:
+            networks = self.lora_networks()
+        else:
+            networks = self.full_networks()
+        for net in networks:
             if args.compile:
                 torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
                 for block in blocks(net):
                     block.compile()
             if self.world > 1:
                 shard(net, blocks(net), self.device)
+        teacher, student, fake, ema = (Role(net, self.family) for net in networks)
         if args.gradient_checkpointing:
             student.transformer.enable_gradient_checkpointing()
             fake.transformer.enable_gradient_checkpointing()
@@ -1127,8 +1101,8 @@ class Run:
             layer = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
             if self.world > 1:
                 shard(layer, [], self.device)
-            fake.made_atime = layer
-            params = {f"made_atime.{name}": p for name, p in layer.named_parameters()}
+            fake.anchor_time = layer
+            params = {f"anchor_time.{name}": p for name, p in layer.named_parameters()}
             groups.append((params, args.anchor_lr))
         self.teacher = teacher
         self.fake_score = Learner(fake, groups, args)
@@ -1486,7 +1460,7 @@ def main(argv=None):
         logging.getLogger(logger).setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore",
-        r"Already found a `peft_config`|torch.distributed is|barrier\(|local_dir_use_symlinks"
+        r"torch.distributed is|barrier\(|local_dir_use_symlinks"
         r"|FSDP2-wrapped module|Mismatch dtype",  # LongCat-Image's blocks and RMS norms
     )
     rank = int(os.environ.get("RANK") or 0)

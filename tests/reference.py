@@ -75,13 +75,13 @@ class Net(torch.nn.Module):
         self.b = torch.nn.Linear(16, n).double()
         for i, p in enumerate(self.parameters()):
             p.data = 0.5 * randn(*p.shape, seed=100 * seed + i)
-        self.made_atime = cdm.AnchorTime(3).double() if aware else None
+        self.anchor_time = cdm.AnchorTime(3).double() if aware else None
 
     def forward(self, x, t, cond, made_at=None):
         self.log.append(Call(x.detach(), t, made_at, torch.is_grad_enabled()))
         tokens, pooled = cond
         if made_at is not None:
-            pooled = pooled + self.made_atime(made_at)
+            pooled = pooled + self.anchor_time(made_at)
         h = torch.cat([x.flatten(1), t[:, None], tokens.mean(1), pooled], 1)
         return self.b(torch.tanh(self.a(h))).view(x.shape)
 

@@ -102,14 +102,10 @@ def run_on(meta, args):
     vars(run.family).update(transformer=transformer, pipe=SimpleNamespace(), dtype=torch.float32)
     vars(run.family).update(shape=(4, 8, 8), shift=3.0, timesteps=1000, empty=cond(1), uncond=cond)
     run.family.encode = lambda prompts: cond(len(prompts))
-    if args.lora_rank:
-        run.build(*run.lora_roles())
-    else:
-        run.build(*run.full_roles())
+    run.build()
     return run
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("flags", ["", "--lora-rank 4 --anchor-aware-fake --cdm-point renoise"])
 def test_an_iteration_never_waits_for_the_gpu(flags, monkeypatch):
     """Two iterations look at no value of a GPU tensor, wait for no copy, and mix no devices.

@@ -315,7 +315,7 @@ def test_micro_batches(aware, micro):
 # --- Not in the paper: the anchor-aware fake score. ---
 
 
-def test_made_atime_starts_at_zero():
+def test_anchor_time_starts_at_zero():
     """The layer that tells the time gives 0 at first, so the fake score is the paper's."""
     assert (cdm.AnchorTime(5)(torch.rand(7)) == 0).all()
     t, cond = torch.linspace(0.02, 1, 6).double(), conditions(6)
@@ -335,7 +335,7 @@ def test_anchor_aware_fake_starts_as_the_papers():
     assert torch.equal(aware.iterate(1)["loss_fake"], plain.iterate(1)["loss_fake"])
     for name, g in plain.gradients["fake"].items():
         assert torch.equal(aware.gradients["fake"][name], g)
-    assert aware.fake.made_atime.linear.weight.abs().max() > 0
+    assert aware.fake.anchor_time.linear.weight.abs().max() > 0
 
 
 def test_the_papers_fake_score_is_told_no_time():

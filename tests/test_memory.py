@@ -16,7 +16,6 @@ import cdm
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import benchmark
 
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 TINY = {
     "sample_size": 8,
     "patch_size": 2,

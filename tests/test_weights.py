@@ -67,8 +67,10 @@ def test_lora_adapters_stay_float32():
     """With LoRA the frozen network alone is in bf16."""
     run = build(*BF16, "--lora-rank", 4)
     assert {p.dtype for p in run.student.params.values()} == {torch.float32}
-    frozen = run.teacher.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    frozen = run.teacher.transformer.transformer_blocks[0].attn.to_q.weight
     assert frozen.dtype == torch.bfloat16
+    for role in (run.student.role, run.fake_score.role, run.ema_role):
+        assert role.transformer.transformer_blocks[0].attn.to_q.base_layer.weight is frozen
 
 
 def test_resume_with_another_type_is_refused(half, capfd):

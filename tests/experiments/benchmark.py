@@ -50,9 +50,7 @@ from tqdm import tqdm
 
 import cdm
 
-warnings.filterwarnings(
-    "ignore", "Accessing the data pointer of FakeTensor|Already found a `peft_config`"
-)
+warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
 EMOJI = Path(__file__).resolve().parents[1] / "emoji_sd3"
 # transformer/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
 SD3_MEDIUM = {
@@ -214,10 +212,7 @@ def stand_in(args, config, shape, tokens, device):
         "--batch-size must be a multiple of --micro-batch-size"
     )
     run.family = RandomSD3(net, shape, tokens, device)
-    if args.lora_rank:
-        run.build(*run.lora_roles())
-    else:
-        run.build(*run.full_roles())
+    run.build()
     return run
 
 
