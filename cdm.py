@@ -1027,7 +1027,6 @@ class Run:
         self.k = 0
         self.stop = False  # a signal sets it
         self.log = ""  # the log's text at the checkpoint from which the run continues
-        self.teacher_rows = []  # of the sample grid
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
         used = any(path.name != "lock" for path in self.folder.glob("*"))
@@ -1234,23 +1233,18 @@ class Run:
         args = self.args
         family = self.family
         prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
-        noise = []
-        for i in range(args.sample_count):
-            gen = generator(args.seed, "sample", i)
-            noise.append(torch.randn(1, *family.shape, generator=gen))
-        grids = {n: uniform_times(n, family.shift) for n in args.sample_steps}
-        if not self.teacher_rows:  # drawn once
-            scale = 1 + args.alpha if args.ca_weight else 1
-            guided = family.guided(self.teacher, scale)
-            images = family.images(guided, noise, uniform_times(28, family.shift), prompts)
-            self.teacher_rows.append((f"teacher, 28 steps, guidance {scale:g}", images))
-            for n, times in grids.items():
-                images = family.images(self.teacher, noise, times, prompts)
-                self.teacher_rows.append((f"teacher, steps: {n}", images))
-        rows = self.teacher_rows[:1]
-        for teacher_row, (n, times) in zip(self.teacher_rows[1:], grids.items(), strict=True):
-            images = family.images(self.ema_role, noise, times, prompts)
-            rows += [teacher_row, (f"student, steps: {n}, iteration {self.k}", images)]
+        gens = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
+        noise = [torch.randn(1, *family.shape, generator=gen) for gen in gens]
+
+        def row(label, model, steps):
+            return label, family.images(model, noise, uniform_times(steps, family.shift), prompts)
+
+        scale = 1 + args.alpha if args.ca_weight else 1
+        guided = family.guided(self.teacher, scale)
+        rows = [row(f"teacher, 28 steps, guidance {scale:g}", guided, 28)]
+        for n in args.sample_steps:
+            rows.append(row(f"teacher, steps: {n}", self.teacher, n))
+            rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_role, n))
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
 
