@@ -493,6 +493,17 @@ def one_line(error):
     return text if len(text) < 300 else f"{text[:120]} ... {text[-180:]}"
 
 
+@contextlib.contextmanager
+def explained(what, advice):
+    """Turn every failure inside into one sentence: what failed, the reason, and advice."""
+    try:
+        yield
+    except (Mistake, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Mistake(f"{what}: {one_line(error)}: {advice}.") from None
+
+
 class AnchorTime(torch.nn.Module):
     """NOT IN THE PAPER: a zero-initialised layer of sin/cos features of t (B,) -> (B, width)."""
 
@@ -803,7 +814,16 @@ def load_family(args, device, student=None):
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
     require(is_folder or is_hub_id, f"--teacher {name} is neither a folder nor a hub id: check it.")
     families = " or a ".join(FAMILIES)
-    try:
+    who = f"--teacher {name}"
+    if student:
+        who += f" with --student {student}"
+    advice = "check the files"
+    if is_hub_id:
+        advice = (
+            f"check the name, accept the licence at https://huggingface.co/{name} and run "
+            "`hf auth login`; if it was downloaded before, set HF_HUB_OFFLINE=1"
+        )
+    with explained(f"{who} cannot be loaded as a {families}", advice):
         file = Path(name, "model_index.json")
         if is_hub_id:
             file = Path(huggingface_hub.hf_hub_download(name, file.name))
@@ -822,18 +842,6 @@ def load_family(args, device, student=None):
             there = not needed or Path(folder, part).is_dir()
             require(there, f"--teacher {name} lacks the folder {part}/: copy it, too.")
         return family(name, folder, absent, args, device, student)
-    except (Mistake, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        who = f"--teacher {name}"
-        if student:
-            who += f" with --student {student}"
-        reason = one_line(error)
-        if is_hub_id:
-            page = f"https://huggingface.co/{name}"
-            reason += f": check the name, accept the licence at {page} and run `hf auth login`; "
-            reason += "if it was downloaded before, set HF_HUB_OFFLINE=1"
-        raise Mistake(f"{who} cannot be loaded as a {families}: {reason}.") from None
 
 
 # ==================================================================================================
@@ -959,11 +967,8 @@ def read_prompts(path):
     """The lines of a UTF-8 file that are not blank, without duplicates."""
     path = Path(path)
     require(path.suffix.lower() in ("", ".txt"), f"--prompts {path}: give plain text, a .txt file.")
-    try:
+    with explained(f"--prompts {path} cannot be read", "give UTF-8 text"):
         text = path.read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
-    except (OSError, UnicodeDecodeError) as error:
-        reason = one_line(error)
-        raise Mistake(f"--prompts {path} cannot be read: {reason}: give UTF-8 text.") from None
     prompts = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
     plain = prompts and "\0" not in text and not prompts[0].startswith(("{", "["))
     require(plain, f"--prompts {path} holds no prompt that is plain text: give one prompt a line.")
@@ -1125,16 +1130,12 @@ class Run:
     def rehearse(self):
         """Try now what the run needs later: encode, sample, decode. Raises Mistake if it fails."""
         family = self.family
-        try:
+        advice = "leave out --compile" if self.args.compile else "check its files"
+        with explained(f"{family.name} cannot draw here", advice):
             noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
             times = uniform_times(2, family.shift)
             images = family.images(self.teacher, [noise], times, self.prompts[:1])
             draw_grid([("rehearsal", images)], os.devnull)
-        except (Mistake, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # such as a compiler's
-            hint = " Leave out --compile." if self.args.compile else ""
-            raise Mistake(f"{family.name} cannot draw here: {one_line(error)}.{hint}") from None
 
     def micro_batches(self, k):
         """Iteration k's (cond, uncond, Draw) for this rank, in micro-batches."""
