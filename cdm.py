@@ -663,11 +663,6 @@ class Pipeline:
     def to_cpu(self, encoder, *_):
         encoder.to("cpu")
 
-    @torch.no_grad()
-    def encode(self, prompts):
-        """Prompts -> cond, a tuple of (B, ...) embeddings."""
-        return self.embed(list(prompts))
-
     def say_what_is_cut(self, prompts):
         """Print how many prompts are longer than a text encoder reads."""
         for key, tokenizer in self.tokenizers.items():
@@ -726,17 +721,15 @@ class Pipeline:
 class SD3(Pipeline):
     """Stable Diffusion 3. cond: text (B, tokens, width) and pooled (B, width) embeddings."""
 
-    @staticmethod
-    def left_out(args):
-        """Parts not to load, as {name: None}. T5's tokenizer stays: it says the prompts' length."""
-        return {"text_encoder_3": None} if args.no_t5 else {}
+    absent = {}  # parts not to load, as {name: None}
 
     def tokens(self):
         """The longest text sequence: T5's. CLIP's is shorter."""
         return min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
 
-    def embed(self, prompts):
-        """Prompts -> cond. The anchor's time, if there is one, is added to its last part."""
+    @torch.no_grad()
+    def encode(self, prompts):
+        """A list of prompts -> cond. An anchor's time is added to its last part."""
         text, _, pooled, _ = self.pipe.encode_prompt(
             prompts,
             prompt_2=None,
@@ -766,15 +759,13 @@ class SD3(Pipeline):
 class LongCatImage(Pipeline):
     """LongCat-Image. cond: text embeddings (B, 512, width) alone."""
 
-    @staticmethod
-    def left_out(args):
-        require(not args.no_t5, "--no-t5: LongCat-Image has no T5, leave the flag out.")
-        return {"text_processor": None}  # it rewrites prompts
+    absent = {"text_processor": None}  # it rewrites prompts
 
     def tokens(self):
         return self.pipe.tokenizer_max_length
 
-    def embed(self, prompts):
+    @torch.no_grad()
+    def encode(self, prompts):
         text, self.text_ids = self.pipe.encode_prompt(prompts)  # the ids are always the same
         return (text,)
 
@@ -831,7 +822,10 @@ def load_family(args, device, student=None):
         kind = index["_class_name"]
         require(kind in FAMILIES, f"--teacher {name} is a {kind}: give a {families}.")
         family = FAMILIES[kind]
-        absent = family.left_out(args)
+        absent = dict(family.absent)
+        if args.no_t5:  # its tokenizer stays and says the prompts' length
+            require("text_encoder_3" in index, f"--no-t5: a {kind} has no T5, leave the flag out.")
+            absent["text_encoder_3"] = None
         folder = name
         if is_hub_id:  # from the cache alone if the hub cannot be reached
             folder = diffusers.DiffusionPipeline.download(name, **absent)
@@ -1222,11 +1216,8 @@ class Run:
         *numbers, stop = (values / self.world).tolist()  # the only place where the loop waits
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        if bad:
-            advice = "start again with lower learning rates"
-            if self.checkpoints():
-                advice = "--resume the last checkpoint with lower --student-lr and --fake-lr"
-            raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
+        advice = "--resume or start again with lower learning rates, --student-lr and --fake-lr"
+        require(not bad, f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
     def draw_samples(self):

@@ -286,7 +286,7 @@ def test_the_exported_student_draws_what_the_run_draws(trained, family, tmp_path
 def test_no_t5_is_refused(longcat, tmp_path, capfd):
     """LongCat-Image has no T5 to leave out."""
     flags = [*LIVELY, *longcat, "--output-dir", tmp_path / "out", "--no-t5"]
-    check_mistake(capfd, tmp_path, flags, "--no-t5", "LongCat-Image")
+    check_mistake(capfd, tmp_path, flags, "--no-t5", "LongCatImagePipeline")
 
 
 def test_other_families_are_refused(tmp_path, capfd):
