@@ -488,7 +488,7 @@ def require(condition, sentence):
 
 
 def one_line(error):
-    """Both ends of an exception's message, as part of a sentence: either may be the useful one."""
+    """An exception's message on one line; of a long one, its start and its end."""
     text = " ".join(str(error).split()).rstrip(".")
     return text if len(text) < 300 else f"{text[:120]} ... {text[-180:]}"
 
@@ -543,20 +543,11 @@ class Role:
         return {name.replace(".default.", "."): p for name, p in named if p.requires_grad}
 
 
-def add_lora(net, folder):
-    """Add a LoRA file's weights to a network. Raises Mistake unless all of them fit."""
-    weights = load_file(Path(folder, LORA_FILE))
-    net.load_lora_adapter(weights)
-    found = sum("lora_" in name for name, _ in net.named_parameters())
-    fits = found == len(weights) > 0
-    require(fits, f"the LoRA in {folder} does not fit this teacher: give one made from it.")
-
-
-class Pipeline:
+class Family:
     """What the families share: loading, conditions, latent shape, time shift, decoding.
 
     folder: the teacher's files; absent: parts not to load, {name: None}; student: for sampling, a
-    folder whose network or LoRA replaces the teacher's.
+    folder whose network or LoRA replaces the teacher's. Raises Mistake, as all of its methods do.
     """
 
     lora_targets = (  # the authors': attention and feed-forward, of image and text
@@ -567,70 +558,82 @@ class Pipeline:
     ).split()
 
     def __init__(self, name, folder, absent, args, device, student=None):
-        from diffusers import AutoModel, DiffusionPipeline
+        from diffusers import DiffusionPipeline
 
         self.name = name
         self.absent = absent
         self.device = device
         weights = getattr(torch, args.weights)  # of what trains; all else is bf16 on a GPU
         self.dtype = torch.bfloat16 if device.type == "cuda" else weights
-
-        # The transformer: the teacher's, or a student's.
-        options = {"subfolder": "transformer", "variant": None}
+        variant = None
         files = [file.name.split(".") for file in Path(folder, "transformer").glob("*.safetensors")]
         if files and all(len(parts) == 3 for parts in files):  # only such as model.fp16.safetensors
-            options["variant"] = files[0][1].split("-")[0]
-        config = json.loads(Path(folder, "transformer", "config.json").read_text())
-        if config.get("sample_size", 1) is None:
-            require(args.resolution, f"{name} does not say its size: give --resolution.")
-            options["sample_size"] = args.resolution  # any number: self.resolution decides
-        is_lora = student and Path(student, LORA_FILE).exists()
-        if student and not is_lora:
-            net = AutoModel.from_pretrained(str(student), dtype=weights)
-        else:
-            net = AutoModel.from_pretrained(folder, dtype=weights, **options)
-        if is_lora:
-            add_lora(net, student)
-        self.transformer = net
-
-        # All other parts.
+            variant = files[0][1].split("-")[0]
+        self.transformer = self.load_transformer(folder, variant, weights, args, student)
         self.pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=self.dtype, variant=options["variant"], transformer=net, **absent
+            folder, dtype=self.dtype, variant=variant, transformer=self.transformer, **absent
         )
-        self.encoders = []
         self.tokenizers = {}
         for key, part in self.pipe.components.items():
-            if part and key.startswith("text_encoder"):
-                self.encoders.append(part)
-                key = key.replace("text_encoder", "tokenizer")
-                tokenizer = self.tokenizers[key] = self.pipe.components[key]
-                # Words of the same lengths: without a vocabulary there is no other difference.
-                fox, cat = tokenizer(["a red fox", "a big cat"]).input_ids
-                whole = fox != cat and Path(folder, key, "tokenizer_config.json").exists()
-                require(whole, f"the files of {key} in {name} are not complete: copy them again.")
-        for module in [*self.encoders, self.pipe.vae, net]:
-            missing = ", ".join(key for key, x in module.state_dict().items() if x.is_meta)
-            part = type(module).__name__
-            require(not missing, f"the files of {part} lack {missing}: copy them again.")
-            module.requires_grad_(False).eval()
-            if args.offload_text_encoders and module in self.encoders:
-                module.register_forward_pre_hook(self.to_device)
-                module.register_forward_hook(self.to_cpu)
-            else:
-                module.to(device)
+            if isinstance(part, torch.nn.Module):
+                self.check_weights(part)
+                part.requires_grad_(False).eval()
+                if args.offload_text_encoders and key.startswith("text_encoder"):
+                    part.register_forward_pre_hook(self.to_device)
+                    part.register_forward_hook(self.to_cpu)
+                else:
+                    part.to(device)
+                if key.startswith("text_encoder"):
+                    key = key.replace("text_encoder", "tokenizer")
+                    self.tokenizers[key] = self.pipe.components[key]
+                    self.check_tokenizer(key, folder)
 
-        # Sizes and times.
-        scale = self.pipe.vae_scale_factor
-        self.resolution = args.resolution or self.pipe.default_sample_size * scale
-        largest = 2 * scale * net.config.get("pos_embed_max_size", 256)
-        fits = self.resolution % (2 * scale) == 0 and self.resolution <= largest
-        advice = f"give a multiple of {2 * scale} up to {largest}"
+        pixels = self.pipe.vae_scale_factor  # of a latent's side
+        self.resolution = args.resolution or self.pipe.default_sample_size * pixels
+        largest = 2 * pixels * self.transformer.config.get("pos_embed_max_size", 256)
+        fits = self.resolution % (2 * pixels) == 0 and self.resolution <= largest
+        advice = f"give a multiple of {2 * pixels} up to {largest}"
         require(fits, f"--resolution {self.resolution} does not fit {name}: {advice}.")
-        side = self.resolution // scale
+        side = self.resolution // pixels
         self.shape = (self.pipe.vae.config.latent_channels, side, side)
-        self.timesteps = self.pipe.scheduler.config.num_train_timesteps
+        self.time_scale = self.pipe.scheduler.config.num_train_timesteps
         self.shift = self.time_shift()
         self.empty = self.encode([""])
+
+    def load_transformer(self, folder, variant, weights, args, student):
+        """The teacher's network, or a student's."""
+        from diffusers import AutoModel
+
+        is_lora = student and Path(student, LORA_FILE).exists()
+        if student and not is_lora:
+            return AutoModel.from_pretrained(str(student), dtype=weights)
+        options = {"subfolder": "transformer", "variant": variant, "dtype": weights}
+        config = json.loads(Path(folder, "transformer", "config.json").read_text())
+        if config.get("sample_size", 1) is None:
+            require(args.resolution, f"{self.name} does not say its size: give --resolution.")
+            options["sample_size"] = args.resolution  # any number: self.resolution decides
+        net = AutoModel.from_pretrained(folder, **options)
+        if is_lora:
+            layers = load_file(Path(student, LORA_FILE))
+            net.load_lora_adapter(layers)
+            found = sum("lora_" in name for name, _ in net.named_parameters())
+            fits = found == len(layers) > 0
+            require(
+                fits, f"the LoRA in {student} does not fit this teacher: give one made from it."
+            )
+        return net
+
+    def check_weights(self, part):
+        """diffusers and transformers leave a weight that is in no file without values."""
+        missing = ", ".join(key for key, x in part.state_dict().items() if x.is_meta)
+        kind = type(part).__name__
+        require(not missing, f"the files of {kind} lack {missing}: copy them again.")
+
+    def check_tokenizer(self, key, folder):
+        """Without a vocabulary a tokenizer gives the same numbers to words of the same lengths."""
+        fox, cat = self.tokenizers[key](["a red fox", "a big cat"]).input_ids
+        whole = fox != cat and Path(folder, key, "tokenizer_config.json").exists()
+        require(whole, f"the files of {key} in {self.name} are not complete: copy them again.")
 
     def time_shift(self):
         """The shift of the teacher's scheduler. Raises Mistake unless it samples as sample()."""
@@ -645,12 +648,12 @@ class Pipeline:
             mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
             shift = math.exp(mu)
         agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-        if agrees:  # 4 steps of either, for the velocity x t
+        if agrees:  # in what 4 steps make of a velocity for which times matter, x t
             ours = sample(lambda x, t, _: x * t, torch.ones(1), uniform_times(4, shift), ())
             x = torch.ones(1)
             scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
             for t in scheduler.timesteps:
-                x = scheduler.step(x * t / self.timesteps, t, x).prev_sample
+                x = scheduler.step(x * t / self.time_scale, t, x).prev_sample
             agrees = torch.allclose(x, ours, atol=1e-5)
         advice = "give the teacher a plain FlowMatchEulerDiscreteScheduler"
         require(agrees, f"the scheduler of {self.name} does more than shift the times: {advice}.")
@@ -666,7 +669,7 @@ class Pipeline:
     def say_what_is_cut(self, prompts):
         """Print how many prompts are longer than a text encoder reads."""
         for key, tokenizer in self.tokenizers.items():
-            limit = min(tokenizer.model_max_length, self.tokens())
+            limit = min(tokenizer.model_max_length, self.max_tokens())
             count = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
             if count:
                 print(f"cdm.py: {key} cuts {count} of {len(prompts)} prompts at {limit} tokens")
@@ -718,12 +721,12 @@ class Pipeline:
         )
 
 
-class SD3(Pipeline):
+class SD3(Family):
     """Stable Diffusion 3. cond: text (B, tokens, width) and pooled (B, width) embeddings."""
 
     absent = {}  # parts not to load, as {name: None}
 
-    def tokens(self):
+    def max_tokens(self):
         """The longest text sequence: T5's. CLIP's is shorter."""
         return min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
 
@@ -736,7 +739,7 @@ class SD3(Pipeline):
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.tokens(),
+            max_sequence_length=self.max_tokens(),
         )
         return text, pooled
 
@@ -745,7 +748,7 @@ class SD3(Pipeline):
         text, pooled = cond
         return net(
             hidden_states=x_t,
-            timestep=self.timesteps * t,
+            timestep=self.time_scale * t,
             encoder_hidden_states=text,
             pooled_projections=pooled,
             return_dict=False,
@@ -753,15 +756,15 @@ class SD3(Pipeline):
 
     def call_options(self):
         """What the pipeline's call needs besides, for the exported student's README."""
-        return {"max_sequence_length": self.tokens()}
+        return {"max_sequence_length": self.max_tokens()}
 
 
-class LongCatImage(Pipeline):
+class LongCatImage(Family):
     """LongCat-Image. cond: text embeddings (B, 512, width) alone."""
 
     absent = {"text_processor": None}  # it rewrites prompts
 
-    def tokens(self):
+    def max_tokens(self):
         return self.pipe.tokenizer_max_length
 
     @torch.no_grad()
@@ -791,7 +794,7 @@ FAMILIES = {"StableDiffusion3Pipeline": SD3, "LongCatImagePipeline": LongCatImag
 
 
 def load_family(args, device, student=None):
-    """--teacher, a hub id or a folder, as its family. Every failure becomes one sentence."""
+    """--teacher, a hub id or a folder, as its family; student: see Family. Raises Mistake."""
     import diffusers
     import huggingface_hub
     import transformers
@@ -958,7 +961,7 @@ def check(args):
 
 
 def read_prompts(path):
-    """The lines of a UTF-8 file that are not blank, without duplicates."""
+    """The lines of a UTF-8 file that are not blank, without duplicates. Raises Mistake."""
     path = Path(path)
     require(path.suffix.lower() in ("", ".txt"), f"--prompts {path}: give plain text, a .txt file.")
     with explained(f"--prompts {path} cannot be read", "give UTF-8 text"):
@@ -988,7 +991,7 @@ def shard(net, parts, device):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def full(x):
+def gather(x):
     """Gather a sharded tensor from all ranks; return any other tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -1044,8 +1047,6 @@ class Run:
         self.family = load_family(args, device)
         self.build()
         self.rehearse()
-        if args.resume:
-            self.resume()
 
     def full_networks(self):
         """Full fine-tuning: each role has weights of its own."""
@@ -1162,7 +1163,7 @@ class Run:
             stats = cdm_iteration(
                 k, batches, self.teacher, self.student, self.fake_score, self.ema, args
             )
-            values, stop = self.average(stats)
+            values, stop = self.gather_stats(stats)
             self.k = k
             if k % args.student_every == 0 and self.rank == 0:
                 bar.set_postfix({n: f"{x:.3g}" for n, x in values.items() if "loss" in n})
@@ -1207,10 +1208,10 @@ class Run:
         if self.k < self.args.iterations:
             print("The same command with --resume continues the run.")
 
-    def average(self, stats):
+    def gather_stats(self, stats):
         """An iteration's values, averaged over ranks, and whether any rank was told to stop."""
         stop = torch.tensor(float(self.stop))
-        values = torch.stack([full(x).float().to(self.device) for x in [*stats.values(), stop]])
+        values = torch.stack([gather(x).float().to(self.device) for x in [*stats.values(), stop]])
         if self.world > 1:
             torch.distributed.all_reduce(values)
         *numbers, stop = (values / self.world).tolist()  # the only place where the loop waits
@@ -1269,21 +1270,15 @@ class Run:
         found = [p for p in self.folder.glob("*") if re.fullmatch(r"checkpoint_\d{6,}", p.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
 
-    def wait(self):
-        """Wait for the other ranks."""
-        if self.world > 1:
-            torch.distributed.barrier()
-
     @contextlib.contextmanager
     def replacing(self, path):
         """A folder that appears at `path` whole or not at all: filled elsewhere, then renamed."""
         tmp = path.with_suffix(".tmp")
+        # dcp.save() begins to write when all ranks are there, and returns when all have written.
         if self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # left by a save that was killed
-        self.wait()
         tmp.mkdir(parents=True, exist_ok=True)
         yield tmp
-        self.wait()
         if self.rank == 0:
             for file in tmp.rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors lets nobody else read its files
@@ -1353,15 +1348,15 @@ class Run:
         """The EMA student as diffusers loads it, and a README that says how."""
         weights = {}
         for name, x in self.ema.items():
-            x = full(x)  # all ranks gather, rank 0 keeps
+            x = gather(x)  # all ranks gather, rank 0 keeps
             if self.rank == 0:
                 weights[name] = x.to("cpu", self.student.params[name].dtype)
+        if self.rank > 0:
+            return
         with self.replacing(folder) as tmp:
-            if self.rank > 0:
-                return
             if self.args.lora_rank:
                 # The file holds no alpha, so programs assume alpha = rank. Our factor
-                # alpha / rank = 2, see lora_roles, goes into B.
+                # alpha / rank = 2, see lora_networks, goes into B.
                 layers = {}
                 for name, x in weights.items():
                     layers[f"transformer.{name}"] = 2 * x if "lora_B" in name else x
@@ -1415,20 +1410,18 @@ def train(args, device, rank, world):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    lock_file = Path(args.output_dir, "lock")
-    lock = FileLock(lock_file)  # freed with this process, however it ends
+    lock = FileLock(Path(args.output_dir, "lock"))  # freed with this process, however it ends
     try:
-        if rank == 0 and args.resume and lock_file.exists():
-            lock.acquire(timeout=0)  # before the checkpoint is read
         run = Run(args, device, rank, world)
         signals = [signal.SIGINT, signal.SIGTERM]  # also where a shell ignores Ctrl-C for its jobs
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)  # not on Windows, and not under nohup, which ignores it
         for number in signals:
             signal.signal(number, run.stop_soon)
-        run.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0)  # makes the folder, too
+        if args.resume:
+            run.resume()
         run.train()
     finally:
         lock.release(force=True)

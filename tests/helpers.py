@@ -72,7 +72,10 @@ def saying(capfd, code, *flags):
 
 def build(*flags):
     """A Run in this process, before its first iteration. It writes nothing until train()."""
-    return cdm.Run(cdm.parse_args([*LIVELY, *map(str, flags)]), CPU)
+    run = cdm.Run(cdm.parse_args([*LIVELY, *map(str, flags)]), CPU)
+    if run.args.resume:
+        run.resume()
+    return run
 
 
 def load_family(*flags):

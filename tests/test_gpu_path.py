@@ -20,7 +20,7 @@ def like_a_gpu(whole, lora, monkeypatch):
     The runs `whole` and `lora` are made before that, in float32.
     """
     autocast = torch.autocast
-    load = cdm.Pipeline.__init__
+    load = cdm.Family.__init__
 
     def load_as_on_a_gpu(family, *args):
         load(family, *args)
@@ -30,7 +30,7 @@ def like_a_gpu(whole, lora, monkeypatch):
         return autocast(device, dtype, **more)
 
     monkeypatch.setattr(torch, "autocast", always)
-    monkeypatch.setattr(cdm.Pipeline, "__init__", load_as_on_a_gpu)
+    monkeypatch.setattr(cdm.Family, "__init__", load_as_on_a_gpu)
 
 
 @pytest.mark.parametrize("kind", LORA)
@@ -100,7 +100,7 @@ def run_on(meta, args):
     run.family = cdm.SD3.__new__(cdm.SD3)
     transformer = SD3Transformer2DModel.from_config(CONFIG).requires_grad_(False)
     vars(run.family).update(transformer=transformer, pipe=SimpleNamespace(), dtype=torch.float32)
-    vars(run.family).update(shape=(4, 8, 8), shift=3.0, timesteps=1000, empty=cond(1), uncond=cond)
+    vars(run.family).update(shape=(4, 8, 8), shift=3.0, time_scale=1000, empty=cond(1), uncond=cond)
     run.family.encode = lambda prompts: cond(len(prompts))
     run.build()
     return run

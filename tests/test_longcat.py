@@ -196,7 +196,7 @@ def test_all_roles_start_as_the_teacher(kind, dtype, longcat, monkeypatch):
     bit, also with a GPU's bf16: a frozen network in bf16, trained weights in float32, autocast.
     """
     flags = [*longcat, *LORA[kind], "--anchor-aware-fake"]
-    load = cdm.Pipeline.__init__
+    load = cdm.Family.__init__
 
     def load_as_on_a_gpu(family, *args):
         load(family, *args)
@@ -205,7 +205,7 @@ def test_all_roles_start_as_the_teacher(kind, dtype, longcat, monkeypatch):
             family.transformer.bfloat16()
 
     if dtype == "bfloat16":
-        monkeypatch.setattr(cdm.Pipeline, "__init__", load_as_on_a_gpu)
+        monkeypatch.setattr(cdm.Family, "__init__", load_as_on_a_gpu)
     run = build(*flags)
     weights = {p.dtype for p in run.teacher.transformer.parameters()}
     assert (torch.bfloat16 in weights) == (dtype == "bfloat16")

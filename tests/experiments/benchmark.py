@@ -181,7 +181,7 @@ class RandomSD3(cdm.SD3):
         self.device = device
         self.dtype = torch.bfloat16
         self.shift = 3.0
-        self.timesteps = 1000  # the scale of the network's time
+        self.time_scale = 1000  # the scale of the network's time
         self.pipe = SimpleNamespace()
         self.empty = self.encode([""])
 
@@ -199,7 +199,7 @@ def stand_in(args, config, shape, tokens, device):
 
     with torch.device(device):
         net = diffusers.SD3Transformer2DModel.from_config(config).requires_grad_(False).eval()
-    net = net.to(getattr(torch, args.weights))  # as cdm.Pipeline loads it
+    net = net.to(getattr(torch, args.weights))  # as cdm.Family loads it
     run = cdm.Run.__new__(cdm.Run)
     run.args = args
     run.device = device
@@ -268,7 +268,7 @@ def state_terms(net, weights, rank):
     positions = sum(buffer.numel() for buffer in net.buffers())
     buffers = (3 * size + FLOAT32) * positions
     if rank:
-        names = tuple("." + target for target in cdm.Pipeline.lora_targets)
+        names = tuple("." + target for target in cdm.Family.lora_targets)
         layers = [module for name, module in net.named_modules() if name.endswith(names)]
         trained = sum(rank * (layer.in_features + layer.out_features) for layer in layers)
         size = FLOAT32  # of the adapters, with either --weights
