@@ -4,15 +4,17 @@
     python tests/experiments/rounded.py --stochastic --teacher ...
     python tests/experiments/rounded.py --rounded-ema --teacher ...
 
-After each update the parameters and both moments of AdamW are rounded to bf16. They stay in float32
-tensors, and all arithmetic is float32's. So this is the rounding of `--weights bfloat16` and
-nothing else. A CPU without bf16 units needs much longer for the flag.
+At the start and after each update the parameters and both moments of AdamW are rounded to bf16.
+They stay in float32 tensors, and all arithmetic is float32's. So this is the rounding of `--weights
+bfloat16` and nothing else. A CPU without bf16 units needs much longer for the flag.
 
 With --stochastic a number is rounded up or down at random, so that small updates count on average.
-With --rounded-ema the student's average is rounded, too, as by our reading the authors' is.
+With --rounded-ema the student's average is rounded, too, as by our reading the authors' is. At the
+end it prints how far the average is behind the student.
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,11 @@ def round_to_bf16(tensors, stochastic):
             x.copy_(x.bfloat16())
 
 
+def distance(a, b):
+    """Between two sets of parameters."""
+    return math.sqrt(sum((a[name] - b[name]).square().sum() for name in a))
+
+
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stochastic", action="store_true")
@@ -42,12 +49,18 @@ def main():
     own, flags = parser.parse_known_args()
     round_all = partial(round_to_bf16, stochastic=own.stochastic)
     trained = set()  # which dicts of parameters are no average
+    seen = {}  # the average, the student, and its start
+    build = cdm.Learner.__init__
     step = cdm.Learner.step
     average_into = cdm.average_into
 
+    def rounded_build(learner, *rest):
+        build(learner, *rest)
+        trained.add(id(learner.params))
+        round_all(learner.params.values())
+
     def rounded_step(learner):
         norm = step(learner)
-        trained.add(id(learner.params))
         round_all(learner.params.values())
         for state in learner.optimizer.state.values():
             round_all([state["exp_avg"], state["exp_avg_sq"]])
@@ -57,10 +70,21 @@ def main():
         average_into(params, others, decay)
         if own.rounded_ema or id(params) in trained:
             round_all(params[name] for name in others)
+        if id(params) not in trained:
+            if not seen:
+                seen["start"] = {name: p.detach().clone() for name, p in others.items()}
+            seen.update(average=params, student=others)
 
+    cdm.Learner.__init__ = rounded_build
     cdm.Learner.step = rounded_step
     cdm.average_into = rounded_average
-    return cdm.main(flags)
+    code = cdm.main(flags)
+    if code == 0:
+        with torch.no_grad():
+            gone = distance(seen["student"], seen["start"])
+            behind = distance(seen["student"], seen["average"])
+        print(f"The student has gone {gone:.4f}, and its average is {behind:.4f} from it.")
+    return code
 
 
 if __name__ == "__main__":
