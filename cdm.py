@@ -584,9 +584,7 @@ class Family:
                 else:
                     part.to(device)
                 if key.startswith("text_encoder"):
-                    key = key.replace("text_encoder", "tokenizer")
-                    self.tokenizers[key] = self.pipe.components[key]
-                    self.check_tokenizer(key, folder)
+                    self.check_encoder(key, folder)
 
         pixels = self.pipe.vae_scale_factor  # of a latent's side
         self.resolution = args.resolution or self.pipe.default_sample_size * pixels
@@ -629,11 +627,17 @@ class Family:
         kind = type(part).__name__
         require(not missing, f"the files of {kind} lack {missing}: copy them again.")
 
-    def check_tokenizer(self, key, folder):
-        """Without a vocabulary a tokenizer gives the same numbers to words of the same lengths."""
-        fox, cat = self.tokenizers[key](["a red fox", "a big cat"]).input_ids
-        whole = fox != cat and Path(folder, key, "tokenizer_config.json").exists()
-        require(whole, f"the files of {key} in {self.name} are not complete: copy them again.")
+    @torch.no_grad()
+    def check_encoder(self, key, folder):
+        """Two prompts must differ to it. Without a vocabulary in its tokenizer they do not."""
+        name = key.replace("text_encoder", "tokenizer")
+        sentence = f"the files of {name} or {key} in {self.name} are not complete: copy them again."
+        require(Path(folder, name, "tokenizer_config.json").exists(), sentence)
+        self.tokenizers[name] = self.pipe.components[name]
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizers[name](["red fox", "big cat"], **options).input_ids
+        fox, cat = self.pipe.components[key](tokens.to(self.device))[0]
+        require(not torch.equal(fox, cat), sentence)
 
     def time_shift(self):
         """The shift of the teacher's scheduler. Raises Mistake unless it samples as sample()."""
