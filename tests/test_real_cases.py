@@ -81,6 +81,15 @@ def test_a_tokenizer_that_is_not_complete(part, files, teacher, refuse_teacher):
     refuse_teacher(f"files of {part}")
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_an_encoder_to_which_all_prompts_are_alike(part, teacher, refuse_teacher):
+    """Such as one whose weights are zeros."""
+    file = teacher / part / "model.safetensors"
+    zeros = {name: torch.zeros_like(x) for name, x in load_file(file).items()}
+    save_file(zeros, file, metadata={"format": "pt"})
+    refuse_teacher(f"{part} in")
+
+
 def test_a_config_that_fails_in_the_rehearsal(teacher, refuse_teacher):
     """What only decoding shows is found before the first iteration."""
     edit(teacher / "vae" / "config.json", scaling_factor=None)
