@@ -406,7 +406,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
         anchor = backward_simulation(student.role, d.noise["start"], d.schedule, d.index, cond)
         if torch.distributed.is_initialized():
-            # FSDP gathers weights in every call, so all processes must make as many calls.
+            # FSDP gathers weights in every call: all processes must make the same number of calls.
             for _ in range(int(d.index.max()) + 1, len(d.schedule)):
                 with torch.no_grad():
                     student.role(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
@@ -434,7 +434,8 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         record(loss_fake=loss)
         (scale * loss).backward()
     stats["grad_norm_fake"] = fake_score.step()
-    average_into(fake_score.params, student.params, cfg.fake_pull)  # phi is pulled to theta
+    # phi is pulled to theta. In bf16 this mostly rounds away, by our reading as in the release.
+    average_into(fake_score.params, student.params, cfg.fake_pull)
     if k % cfg.student_every != 0:
         return stats
 
@@ -501,7 +502,8 @@ def explained(what, advice):
     except (Mistake, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Mistake(f"{what}: {one_line(error)}: {advice}.") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise Mistake(f"{what}: {reason}: {advice}.") from None
 
 
 class AnchorTime(torch.nn.Module):
@@ -529,7 +531,7 @@ class Role:
 
     def __call__(self, x_t, t, cond, made_at=None):
         bf16 = self.family.dtype == torch.bfloat16
-        # No autocast cache: it would keep a bf16 copy of every weight.
+        # No autocast cache: it would keep a bf16 copy of every float32 weight that trains.
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             if made_at is not None:  # added to the last condition, to all its tokens alike
                 shown = self.anchor_time(made_at).to(cond[-1].dtype)
@@ -547,7 +549,7 @@ class Family:
     """What the families share: loading, conditions, latent shape, time shift, decoding.
 
     folder: the teacher's files; absent: parts not to load, {name: None}; student: for sampling, a
-    folder whose network or LoRA replaces the teacher's. Raises Mistake, as all of its methods do.
+    folder whose network or LoRA replaces the teacher's. Raises Mistake if it cannot be loaded.
     """
 
     lora_targets = (  # the authors': attention and feed-forward, of image and text
@@ -563,7 +565,7 @@ class Family:
         self.name = name
         self.absent = absent
         self.device = device
-        weights = getattr(torch, args.weights)  # of what trains; all else is bf16 on a GPU
+        weights = getattr(torch, args.weights)  # of the transformer; all else is bf16 on a GPU
         self.dtype = torch.bfloat16 if device.type == "cuda" else weights
         variant = None
         files = [file.name.split(".") for file in Path(folder, "transformer").glob("*.safetensors")]
@@ -609,16 +611,14 @@ class Family:
         config = json.loads(Path(folder, "transformer", "config.json").read_text())
         if config.get("sample_size", 1) is None:
             require(args.resolution, f"{self.name} does not say its size: give --resolution.")
-            options["sample_size"] = args.resolution  # any number: self.resolution decides
+            options["sample_size"] = args.resolution  # the pipeline fails on null; else unused
         net = AutoModel.from_pretrained(folder, **options)
         if is_lora:
             layers = load_file(Path(student, LORA_FILE))
             net.load_lora_adapter(layers)
             found = sum("lora_" in name for name, _ in net.named_parameters())
-            fits = found == len(layers) > 0
-            require(
-                fits, f"the LoRA in {student} does not fit this teacher: give one made from it."
-            )
+            sentence = f"the LoRA in {student} does not fit this teacher: give one made from it."
+            require(layers and found == len(layers), sentence)
         return net
 
     def check_weights(self, part):
@@ -652,7 +652,7 @@ class Family:
             mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
             shift = math.exp(mu)
         agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-        if agrees:  # in what 4 steps make of a velocity for which times matter, x t
+        if agrees:  # integrate v = x t in 4 steps with both: the results must agree
             ours = sample(lambda x, t, _: x * t, torch.ones(1), uniform_times(4, shift), ())
             x = torch.ones(1)
             scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
@@ -699,7 +699,8 @@ class Family:
         images = []
         for i, z in enumerate(noise):
             x0 = sample(model, z.to(self.device), times, take(cond, slice(i, i + 1)))
-            require(x0.isfinite().all(), f"{self.name} draws images that are not finite.")
+            sentence = f"{self.name}, or a student of it, draws images that are not finite"
+            require(x0.isfinite().all(), f"{sentence}: check its files.")
             latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
             pixels = vae.decode(latents.to(vae.dtype)).sample.float()
             images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
@@ -910,6 +911,7 @@ def parse_args(argv=None):
 
     parser.error = error
     defaults = Settings()
+    # A field's help is the comment beside it.
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): [^#\n]* = [^#\n]*  # (.*)", source, re.M))
     for group in (Job, CDM, Memory, Sampling, AnchorAware):
@@ -988,7 +990,7 @@ def shard(net, parts, device):
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     compute = torch.bfloat16 if device.type == "cuda" else None
-    # Inputs are not cast: a bf16 timestep near 1000 would be off by up to 2.
+    # Inputs are not cast: SD3's timestep near 1000 would be off by up to 2 in bf16.
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     for part in [*parts, net]:
         # The root reshards too, because average_into edits the shards in place.
@@ -1053,49 +1055,50 @@ class Run:
         self.rehearse()
 
     def full_networks(self):
-        """Full fine-tuning: each role has weights of its own."""
+        """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own."""
         teacher = self.family.transformer
-        student = copy.deepcopy(teacher).requires_grad_(True)
-        fake_score = copy.deepcopy(student)
-        ema = copy.deepcopy(student).float()  # in bf16 most of its small steps round away
-        for p in teacher.parameters():  # buffers, such as position embeddings, stay the student's
+        yield copy.deepcopy(teacher).requires_grad_(True).float()  # in bf16 small steps round away
+        yield copy.deepcopy(teacher).requires_grad_(True)
+        yield copy.deepcopy(teacher).requires_grad_(True)
+        # Parameters only: rounded position embeddings would make another teacher than the student.
+        for p in teacher.parameters():
             p.data = p.data.to(self.family.dtype)
-        return teacher, student, fake_score, ema
+        yield teacher
 
     def lora_networks(self):
-        """LoRA: all roles share the frozen weights. All but the teacher have an adapter."""
+        """LoRA: the same four. All but the teacher have an adapter and the teacher's weights."""
         from peft import LoraConfig
 
         teacher = self.family.transformer
-        frozen = [*teacher.parameters(), *teacher.buffers()]
         rank = self.args.lora_rank
-        torch.manual_seed(self.args.seed)  # peft draws from the global generator
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
-        networks = [teacher]
-        for _ in ("student", "fake_score", "ema"):
-            net = copy.deepcopy(teacher, {id(x): x for x in frozen})  # these are not copied
+        frozen = {id(x): x for x in (*teacher.parameters(), *teacher.buffers())}
+        for _ in ("ema", "fake_score", "student"):
+            net = copy.deepcopy(teacher, dict(frozen))  # what its memo has is shared, not copied
+            torch.manual_seed(self.args.seed)  # peft draws from this generator: all start alike
             net.add_adapter(config)
             for p in net.parameters():
                 if p.requires_grad:
                     p.data = p.data.float()
-            networks.append(net)
-        return networks
+            yield net
+        yield teacher
 
     def build(self):
         """From the four networks: what cdm_iteration needs, Learners of two of them."""
         args = self.args
+        networks = self.full_networks()
         if args.lora_rank:
             networks = self.lora_networks()
-        else:
-            networks = self.full_networks()
-        for net in networks:
+        roles = []
+        for net in networks:  # each is sharded before the next is made
             if args.compile:
                 torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
                 for block in blocks(net):
                     block.compile()
             if self.world > 1:
                 shard(net, blocks(net), self.device)
-        teacher, student, fake, ema = (Role(net, self.family) for net in networks)
+            roles.append(Role(net, self.family))
+        ema, fake, student, teacher = roles
         if args.gradient_checkpointing:
             student.transformer.enable_gradient_checkpointing()
             fake.transformer.enable_gradient_checkpointing()
@@ -1112,7 +1115,6 @@ class Run:
         self.student = Learner(student, [(student.parameters(), args.student_lr)], args)
         self.ema_role = ema
         self.ema = ema.parameters()
-        average_into(self.ema, self.student.params, 0.0)
 
     def stop_soon(self, number, _):
         """Handle a signal: the first one stops after this iteration, the second one now."""
@@ -1127,7 +1129,7 @@ class Run:
         self.stop = True
 
     def rehearse(self):
-        """Try now what the run needs later: encode, sample, decode. Raises Mistake if it fails."""
+        """Let the teacher draw, as the sample grids will. Raises Mistake if it fails."""
         family = self.family
         advice = "leave out --compile" if self.args.compile else "check its files"
         with explained(f"{family.name} cannot draw here", advice):
@@ -1161,6 +1163,7 @@ class Run:
             self.begin()
         ks = range(self.k + 1, args.iterations + 1)
         bar = tqdm(ks, initial=self.k, total=args.iterations, disable=self.rank > 0)
+        seconds = 0.0  # since the last line of the log, without saving and sampling
         for k in bar:
             begun = time.perf_counter()
             batches = self.micro_batches(k)
@@ -1169,9 +1172,11 @@ class Run:
             )
             values, stop = self.gather_stats(stats)
             self.k = k
+            seconds += time.perf_counter() - begun
             if k % args.student_every == 0 and self.rank == 0:
                 bar.set_postfix({n: f"{x:.3g}" for n, x in values.items() if "loss" in n})
-                values |= {"N": len(batches[0][2].schedule), "seconds": time.perf_counter() - begun}
+                values |= {"N": len(batches[0][2].schedule), "seconds": seconds}
+                seconds = 0.0
                 with open(self.log_file, "a") as file:
                     file.write(json.dumps({"iteration": k} | values) + "\n")
             last = stop or k == args.iterations
@@ -1208,6 +1213,8 @@ class Run:
         if self.args.sample_every:
             print(f"Look at {self.folder}/samples/step_{self.k:06d}.png.")
         example = f"--student {self.folder} --generate {shlex.quote(self.prompts[0])}"
+        if self.args.no_t5:
+            example += " --no-t5"
         print(f"Draw with python cdm.py --teacher {self.args.teacher} {example}")
         if self.k < self.args.iterations:
             print("The same command with --resume continues the run.")
@@ -1286,8 +1293,11 @@ class Run:
         if self.rank == 0:
             for file in tmp.rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors lets nobody else read its files
-            shutil.rmtree(path, ignore_errors=True)
+            old = path.with_suffix(".old")
+            if path.exists():
+                path.rename(old)
             tmp.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
 
     def save(self):
         """checkpoint_NNNNNN: torch's distributed checkpoint, each rank its own shards.
@@ -1317,12 +1327,14 @@ class Run:
         """Continue from the newest checkpoint that can be read, if there is one yet."""
         for folder in reversed(self.checkpoints()):
             try:
-                return self.load(folder)
+                self.load(folder)
+                return
             except (Mistake, torch.OutOfMemoryError):
                 raise
-            except (Exception, dcp.CheckpointException) as error:
+            except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
-        require(not self.checkpoints(), f"--resume: no checkpoint in {self.folder} can be read.")
+        if self.checkpoints():
+            raise Mistake(f"--resume: no checkpoint in {self.folder} can be read.")
 
     def load(self, folder):
         """Fill every tensor from a checkpoint. Raises Mistake if other settings made it."""
@@ -1335,7 +1347,8 @@ class Run:
             if now[name] != was:
                 said = f"--resume: {name} is {now[name]}, and was {was}"
                 require(name in may_change, f"{said}: give what it was, or start another run.")
-                print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
+                if self.rank == 0:
+                    print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
         for name in saved["files"]:  # torch would not notice that the last shard is gone
             (folder / name).stat()
         self.log = (folder / self.log_file.name).read_text()
@@ -1385,8 +1398,9 @@ def generate(args, device):
     folder = Path(args.student)
     if (folder / "student").is_dir():
         folder = folder / "student"
+    found = any((folder / name).is_file() for name in ("config.json", LORA_FILE))
     advice = "give a run's folder, or a student's"
-    require(args.student and folder.is_dir(), f"--student {args.student!r} is no folder: {advice}.")
+    require(args.student and found, f"--student {args.student!r} has no student: {advice}.")
     size = folder / "cdm.json"
     if size.exists() and not args.resolution:
         args.resolution = json.loads(size.read_text())["resolution"]
@@ -1417,7 +1431,7 @@ def train(args, device, rank, world):
     lock = FileLock(Path(args.output_dir, "lock"))  # freed with this process, however it ends
     try:
         run = Run(args, device, rank, world)
-        signals = [signal.SIGINT, signal.SIGTERM]  # also where a shell ignores Ctrl-C for its jobs
+        signals = [signal.SIGINT, signal.SIGTERM]  # also in a background job, which ignores SIGINT
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)  # not on Windows, and not under nohup, which ignores it
         for number in signals:
@@ -1449,6 +1463,7 @@ def main(argv=None):
     rank = int(os.environ.get("RANK") or 0)
     world = int(os.environ.get("WORLD_SIZE") or 1)
     local = int(os.environ.get("LOCAL_RANK") or 0)
+    everyone = False  # whether all ranks say what went wrong
     try:
         args = parse_args(argv)
         device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
@@ -1462,18 +1477,18 @@ def main(argv=None):
     except Timeout:
         sentence = f"another process trains in {args.output_dir}: wait, or stop it."
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        local = 0  # it may be this rank's alone, so each one says it
+        everyone = True  # it may be this rank's alone
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]  # the first rank's own exception
         sentence = f"{error}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
-        local = 0
+        everyone = True
         levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
         sentence = f"the GPU is out of memory: try {levers}."
     except KeyboardInterrupt:
         print("cdm.py: stopped at once; what was saved before is kept.", file=sys.stderr)
         return 130
-    if local == 0:  # all ranks make the same Mistake, and one on each machine says so
+    if everyone or local == 0:  # all ranks make the same Mistake: one on each machine says so
         print(f"cdm.py: {sentence}", file=sys.stderr)
     return 2
 

@@ -58,6 +58,7 @@ def main():
         build(learner, *rest)
         trained.add(id(learner.params))
         round_all(learner.params.values())
+        seen["start"] = {name: p.detach().clone() for name, p in learner.params.items()}
 
     def rounded_step(learner):
         norm = step(learner)
@@ -71,8 +72,6 @@ def main():
         if own.rounded_ema or id(params) in trained:
             round_all(params[name] for name in others)
         if id(params) not in trained:
-            if not seen:
-                seen["start"] = {name: p.detach().clone() for name, p in others.items()}
             seen.update(average=params, student=others)
 
     cdm.Learner.__init__ = rounded_build
