@@ -73,6 +73,16 @@ def test_lora_adapters_stay_float32():
         assert role.transformer.transformer_blocks[0].attn.to_q.base_layer.weight is frozen
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", 4], BF16], ids=["full", "lora", "bf16"])
+def test_student_fake_score_and_average_start_alike(flags):
+    """So the pull and the average mix parameters that mean the same."""
+    run = build(*flags)
+    assert run.student.params.keys() == run.fake_score.params.keys() == run.ema.keys()
+    for name, p in run.student.params.items():
+        assert torch.equal(p, run.fake_score.params[name])
+        assert torch.equal(p.float(), run.ema[name])
+
+
 def test_resume_with_another_type_is_refused(half, capfd):
     """The type is part of the run's identity."""
     flags = [*LIVELY, "--iterations", 6, "--output-dir", half, "--resume"]
