@@ -818,6 +818,7 @@ def load_family(args, device, student=None):
         who += f" with --student {student}"
     advice = "check the files"
     if is_hub_id:
+        who += ", which is no folder here,"
         advice = (
             f"check the name, accept the licence at https://huggingface.co/{name} and run "
             "`hf auth login`; if it was downloaded before, set HF_HUB_OFFLINE=1"
@@ -879,7 +880,7 @@ class Memory:
     micro_batch_size: int = 0  # samples per forward pass; 0: up to 4 on a GPU, else all
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     offload_text_encoders: bool = False  # keep text encoders on the CPU between uses
-    no_t5: bool = False  # leave out T5, 9.5 GB in bf16; give the flag with --generate, too
+    no_t5: bool = False  # leave out T5, 9.5 GB in bf16
     compile: bool = False  # torch.compile the transformer's repeated blocks
 
 
@@ -915,7 +916,7 @@ def parse_args(argv=None):
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): [^#\n]* = [^#\n]*  # (.*)", source, re.M))
     for group in (Job, CDM, Memory, Sampling, AnchorAware):
-        section = parser.add_argument_group(group.__doc__)
+        section = parser.add_argument_group(group.__doc__.rstrip("."))
         for name, kind in group.__annotations__.items():
             default = getattr(defaults, name)
             options = {"type": kind}
@@ -1204,17 +1205,16 @@ class Run:
             print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if self.k:
-            print(f"    continuing from iteration {self.k}, with the log as it was there")
+            print(f"    continuing from iteration {self.k}; later lines of the log are dropped")
         self.log_file.write_text(self.log)
 
     def say_what_to_do_next(self):
         """The last lines on the terminal."""
-        print(f"cdm.py: {self.folder}/student is the student of iteration {self.k}.")
+        updates = self.student.updates
+        print(f"cdm.py: {self.folder}/student is the student after {updates} updates.")
         if self.args.sample_every:
             print(f"Look at {self.folder}/samples/step_{self.k:06d}.png.")
         example = f"--student {self.folder} --generate {shlex.quote(self.prompts[0])}"
-        if self.args.no_t5:
-            example += " --no-t5"
         print(f"Draw with python cdm.py --teacher {self.args.teacher} {example}")
         if self.k < self.args.iterations:
             print("The same command with --resume continues the run.")
@@ -1386,8 +1386,9 @@ class Run:
                 if model.config.get("sample_size"):
                     model.register_to_config(sample_size=self.family.shape[-1])
                 model.save_pretrained(tmp)
-            # A LoRA file has no configuration that could say the resolution.
-            (tmp / "cdm.json").write_text(json.dumps({"resolution": self.family.resolution}))
+            # What --generate must know besides the weights.
+            drawing = {"resolution": self.family.resolution, "no_t5": self.args.no_t5}
+            (tmp / "cdm.json").write_text(json.dumps(drawing))
             updates = self.student.updates
             card = self.family.card(folder, self.prompts[0], updates, self.args.lora_rank)
             (tmp / "README.md").write_text(card, encoding="utf-8")
@@ -1401,9 +1402,10 @@ def generate(args, device):
     found = any((folder / name).is_file() for name in ("config.json", LORA_FILE))
     advice = "give a run's folder, or a student's"
     require(args.student and found, f"--student {args.student!r} has no student: {advice}.")
-    size = folder / "cdm.json"
-    if size.exists() and not args.resolution:
-        args.resolution = json.loads(size.read_text())["resolution"]
+    if (folder / "cdm.json").exists():
+        trained = json.loads((folder / "cdm.json").read_text())
+        args.resolution = args.resolution or trained["resolution"]
+        args.no_t5 = args.no_t5 or trained.get("no_t5", False)
     family = load_family(args, device, folder)
     family.say_what_is_cut(args.generate)
     schedules = [uniform_times(n, family.shift) for n in args.sample_steps]

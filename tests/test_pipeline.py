@@ -165,6 +165,15 @@ def test_generate_draws_what_the_ema_draws(trained, ema, tmp_path):
     assert image.tobytes() == ema[3]
 
 
+def test_generate_leaves_out_what_training_left_out(tmp_path):
+    """A student of --no-t5 is drawn without T5, with and without the flag."""
+    folder = finished(tmp_path / "run", "--no-t5", "--iterations", 2)
+    image = generated(tmp_path / "plain", "--student", folder).tobytes()
+    assert generated(tmp_path / "flag", "--student", folder, "--no-t5").tobytes() == image
+    (folder / "student" / "cdm.json").unlink()
+    assert generated(tmp_path / "with_t5", "--student", folder).tobytes() != image
+
+
 def test_students_readme_survives_any_prompt(tmp_path):
     """A first prompt with quotes, a backslash and braces leaves the README's code valid Python."""
     prompt = 'a "quoted" cat, \\ and {braces}'
