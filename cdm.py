@@ -818,7 +818,6 @@ def load_family(args, device, student=None):
         who += f" with --student {student}"
     advice = "check the files"
     if is_hub_id:
-        who += ", which is no folder here,"
         advice = (
             f"check the name, accept the licence at https://huggingface.co/{name} and run "
             "`hf auth login`; if it was downloaded before, set HF_HUB_OFFLINE=1"

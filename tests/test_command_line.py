@@ -65,7 +65,7 @@ WRONG = [
     ("--times 1 0.5", "--generate"),
     ("--generate cat", "--student"),
     ("--generate cat --student nowhere", "--student"),
-    ("--generate cat --student .", "cannot be loaded"),
+    ("--generate cat --student .", "has no student"),
     ("--generate cat --student . --times 1 0.5 0.75", "--times"),
     ("--generate cat --student . --times 0.9 0.5", "--times"),
     ("--generate cat --student . --times 1 0", "--times"),

@@ -149,14 +149,21 @@ def readme_pictures(folder):
     return pictures
 
 
+def differing(a, b):
+    """How many of two pictures' 3,072 bytes differ."""
+    return sum(x != y for x, y in zip(a, b, strict=True))
+
+
 def test_the_exported_student_used_as_its_readme_says(trained, ema, pipe):
     """student/README.md, followed to the letter, draws the pictures of the run's EMA.
 
-    The teacher draws others, so it is not the teacher that is compared with itself.
+    LoRA's factor 2 is in other places there, and a colour between two of 256 levels may become
+    either. The teacher draws others, so it is not the teacher that is compared with itself.
     """
-    assert readme_pictures(trained[0]) == ema
     teacher = [pipeline_images(pipe, prompt, QUARTERS)[0].tobytes() for prompt in PROMPTS]
-    assert all(a != b for a, b in zip(teacher, ema, strict=True))
+    for theirs, ours, undistilled in zip(readme_pictures(trained[0]), ema, teacher, strict=True):
+        assert differing(theirs, ours) <= 2
+        assert differing(undistilled, ours) > 100
 
 
 def test_generate_draws_what_the_ema_draws(trained, ema, tmp_path):
