@@ -287,7 +287,7 @@ def memory_terms(way, pixels):
     """{what: bytes} of training SD3-Medium on one GPU with gradient checkpointing.
 
     For a micro-batch of 1. The sum is the peak of a student update if the text encoders stay on the
-    GPU. With bfloat16 weights the peak of a fake-score update is computed 0.2 GB higher.
+    GPU. With bfloat16 weights the computed peak is 0.2 GB higher.
     """
     weights, rank = WAYS[way]
     net = empty_network("SD3Transformer2DModel", SD3_MEDIUM)
