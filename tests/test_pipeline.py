@@ -119,8 +119,11 @@ def ema(trained):
     assert run.k == 6
     noise = torch.randn(1, *run.family.shape, generator=torch.Generator().manual_seed(0))
     times = cdm.uniform_times(4, run.family.shift)
-    images = run.family.images(run.ema_role, [noise] * len(PROMPTS), times, PROMPTS)
-    return [image.tobytes() for image in images]
+    pictures = []
+    for prompt in PROMPTS:  # one by one: in a batch an encoder's last bits may differ
+        (image,) = run.family.images(run.ema_role, [noise], times, [prompt])
+        pictures.append(image.tobytes())
+    return pictures
 
 
 def readme_code(folder):
@@ -149,21 +152,14 @@ def readme_pictures(folder):
     return pictures
 
 
-def differing(a, b):
-    """How many of two pictures' 3,072 bytes differ."""
-    return sum(x != y for x, y in zip(a, b, strict=True))
-
-
 def test_the_exported_student_used_as_its_readme_says(trained, ema, pipe):
     """student/README.md, followed to the letter, draws the pictures of the run's EMA.
 
-    LoRA's factor 2 is in other places there, and a colour between two of 256 levels may become
-    either. The teacher draws others, so it is not the teacher that is compared with itself.
+    The teacher draws others, so it is not the teacher that is compared with itself.
     """
+    assert readme_pictures(trained[0]) == ema
     teacher = [pipeline_images(pipe, prompt, QUARTERS)[0].tobytes() for prompt in PROMPTS]
-    for theirs, ours, undistilled in zip(readme_pictures(trained[0]), ema, teacher, strict=True):
-        assert differing(theirs, ours) <= 2
-        assert differing(undistilled, ours) > 100
+    assert all(a != b for a, b in zip(teacher, ema, strict=True))
 
 
 def test_generate_draws_what_the_ema_draws(trained, ema, tmp_path):
