@@ -322,7 +322,8 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         "cdm": uniform("cdm"),
         "fake": uniform("fake"),
     }
-    tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}  # also over t_i
+    # With a small time_low, tau_min may be above t_i.
+    tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
     noise = {name: normal(name) for name in ("start", *tau)}
 
     t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1] with any schedule
@@ -577,15 +578,16 @@ class Family:
         )
         self.tokenizers = {}
         for key, part in self.pipe.components.items():
+            is_encoder = key.startswith("text_encoder")
             if isinstance(part, torch.nn.Module):
                 self.check_weights(part)
                 part.requires_grad_(False).eval()
-                if args.offload_text_encoders and key.startswith("text_encoder"):
+                if args.offload_text_encoders and is_encoder:
                     part.register_forward_pre_hook(self.to_device)
                     part.register_forward_hook(self.to_cpu)
                 else:
                     part.to(device)
-                if key.startswith("text_encoder"):
+                if is_encoder:
                     self.check_encoder(key, folder)
 
         pixels = self.pipe.vae_scale_factor  # of a latent's side
@@ -1018,7 +1020,7 @@ def draw_grid(rows, path):
 
 
 class Run:
-    """One training run: the three roles, the EMA, the prompts, and the files in --output-dir.
+    """One training run: its four networks, the prompts, and the files in --output-dir.
 
     A resumed run is exactly the run that never stopped: save() writes every tensor that training
     changes, and all else is a function of the settings and of k, the iterations done, because every
@@ -1293,6 +1295,7 @@ class Run:
             for file in tmp.rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors lets nobody else read its files
             old = path.with_suffix(".old")
+            shutil.rmtree(old, ignore_errors=True)  # as above
             if path.exists():
                 path.rename(old)
             tmp.rename(path)

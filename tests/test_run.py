@@ -333,6 +333,16 @@ def test_students_along_the_way(tmp_path, capfd):
     assert all(torch.equal(last[name], final[name]) for name in final)
 
 
+def test_what_a_killed_export_left_is_no_obstacle(tmp_path):
+    """A kill between its renames leaves the old student aside. The next export replaces it."""
+    folder = finished(tmp_path / "run", *ONE_SAVE, "--iterations", 2)
+    for end in ("old", "tmp"):
+        shutil.copytree(folder / "student", folder / f"student.{end}")
+    finished(folder, *ONE_SAVE, "--iterations", 4, "--resume")
+    assert {path.name for path in folder.glob("student*")} == {"student"}
+    assert "after 2 updates" in (folder / "student" / "README.md").read_text(encoding="utf-8")
+
+
 def test_sample_grids_have_a_pair_of_rows_for_each_number_of_steps(tmp_path):
     """The guided teacher's row, then teacher and student for each of --sample-steps."""
     flags = [*ONE_SAVE, "--iterations", 2, "--sample-every", 2, "--sample-count", 2]

@@ -58,6 +58,7 @@ def main():
         build(learner, *rest)
         trained.add(id(learner.params))
         round_all(learner.params.values())
+        # The student's Learner is the last one.
         seen["start"] = {name: p.detach().clone() for name, p in learner.params.items()}
 
     def rounded_step(learner):
