@@ -376,7 +376,8 @@ class Learner:
 def average_into(params, others, decay):
     """p <- decay p + (1 - decay) other, in place, for each name in `others`."""
     for name, other in others.items():
-        params[name].lerp_(other.to(params[name].dtype), 1 - decay)
+        p = params[name]
+        p.lerp_(other.to(p.device, p.dtype), 1 - decay)
 
 
 def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
@@ -694,10 +695,9 @@ class Family:
         return guided_model
 
     @torch.no_grad()
-    def images(self, model, noise, times, prompts):
-        """A PIL image for each prompt, drawn one by one. noise: a list of (1, C, h, w)."""
+    def images(self, model, noise, times, cond):
+        """A PIL image for each sample, drawn one by one. noise: a list of (1, C, h, w)."""
         vae = self.pipe.vae
-        cond = self.encode(prompts)
         images = []
         for i, z in enumerate(noise):
             x0 = sample(model, z.to(self.device), times, take(cond, slice(i, i + 1)))
@@ -881,6 +881,7 @@ class Memory:
     micro_batch_size: int = 0  # samples per forward pass; 0: up to 4 on a GPU, else all
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     offload_text_encoders: bool = False  # keep text encoders on the CPU between uses
+    offload_ema: bool = False  # full, one GPU: keep the EMA on the CPU; costs seconds an update
     no_t5: bool = False  # leave out T5, 9.5 GB in bf16
     compile: bool = False  # torch.compile the transformer's repeated blocks
 
@@ -1059,7 +1060,9 @@ class Run:
     def full_networks(self):
         """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own."""
         teacher = self.family.transformer
-        yield copy.deepcopy(teacher).requires_grad_(True).float()  # in bf16 small steps round away
+        home = "cpu" if self.ema_on_cpu else self.device
+        # The EMA is float32. In bf16 its small steps would round away.
+        yield copy.deepcopy(teacher).requires_grad_(True).float().to(home)
         yield copy.deepcopy(teacher).requires_grad_(True)
         yield copy.deepcopy(teacher).requires_grad_(True)
         # Parameters only: rounded position embeddings would make another teacher than the student.
@@ -1088,6 +1091,7 @@ class Run:
     def build(self):
         """From the four networks: what cdm_iteration needs, Learners of two of them."""
         args = self.args
+        self.ema_on_cpu = args.offload_ema and self.world == 1 and not args.lora_rank
         networks = self.full_networks()
         if args.lora_rank:
             networks = self.lora_networks()
@@ -1137,7 +1141,7 @@ class Run:
         with explained(f"{family.name} cannot draw here", advice):
             noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
             times = uniform_times(2, family.shift)
-            images = family.images(self.teacher, [noise], times, self.prompts[:1])
+            images = family.images(self.teacher, [noise], times, family.encode(self.prompts[:1]))
             draw_grid([("rehearsal", images)], os.devnull)
 
     def micro_batches(self, k):
@@ -1240,9 +1244,12 @@ class Run:
         prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
         gens = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
         noise = [torch.randn(1, *family.shape, generator=gen) for gen in gens]
+        cond = family.encode(prompts)
+        if self.ema_on_cpu:
+            self.ema_role.transformer.to(self.device)
 
         def row(label, model, steps):
-            return label, family.images(model, noise, uniform_times(steps, family.shift), prompts)
+            return label, family.images(model, noise, uniform_times(steps, family.shift), cond)
 
         scale = 1 + args.alpha if args.ca_weight else 1
         guided = family.guided(self.teacher, scale)
@@ -1250,6 +1257,8 @@ class Run:
         for n in args.sample_steps:
             rows.append(row(f"teacher, steps: {n}", self.teacher, n))
             rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_role, n))
+        if self.ema_on_cpu:
+            self.ema_role.transformer.to("cpu")
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
 
@@ -1422,7 +1431,7 @@ def generate(args, device):
         while any(out.glob(f"{number:04d}_*.png")):  # nothing is overwritten
             number += 1
         path = out / f"{number:04d}_steps{len(times)}_seed{args.seed}.png"
-        family.images(model, [noise], times, [prompt])[0].save(path)
+        family.images(model, [noise], times, family.encode([prompt]))[0].save(path)
         print(f"{path}: {prompt}, {family.resolution} pixels")
 
 
@@ -1487,8 +1496,8 @@ def main(argv=None):
         sentence = f"{error}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
         everyone = True
-        levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
-        sentence = f"the GPU is out of memory: try {levers}."
+        levers = "--micro-batch-size 1, --offload-text-encoders, --offload-ema, --lora-rank 64"
+        sentence = f"the GPU is out of memory: try {levers} or more GPUs."
     except KeyboardInterrupt:
         print("cdm.py: stopped at once; what was saved before is kept.", file=sys.stderr)
         return 130

@@ -353,7 +353,7 @@ def help_groups():
 GROUPS = {
     "the run": "teacher prompts output-dir iterations batch-size seed resume lora-rank",
     "The method": "ca-weight dm-weight cdm-weight alpha schedule cdm-point student-lr fake-pull",
-    "memory and speed": "micro-batch-size gradient-checkpointing offload-text-encoders compile",
+    "memory and speed": "micro-batch-size gradient-checkpointing offload-ema compile",
     "sampling": "generate student sample-steps times",
     "NOT IN THE PAPER": "anchor-aware-fake anchor-lr",
 }

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import LORA, ONE_SAVE, assert_same_figures, build, finished, inputs, log, results
+from helpers import CPU, LORA, ONE_SAVE, assert_same_figures, build, finished, inputs, log, results
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cdm
+
+META = torch.device("meta")
+OFFLOAD = ["--offload-text-encoders", "--offload-ema"]
 
 
 @pytest.fixture
@@ -98,37 +101,46 @@ def run_on(meta, args):
     run = cdm.Run.__new__(cdm.Run)
     vars(run).update(args=args, device=meta, rank=0, world=1, prompts=[""], batch=4)
     run.family = cdm.SD3.__new__(cdm.SD3)
-    transformer = SD3Transformer2DModel.from_config(CONFIG).requires_grad_(False)
+    with meta:
+        transformer = SD3Transformer2DModel.from_config(CONFIG).requires_grad_(False)
     vars(run.family).update(transformer=transformer, pipe=SimpleNamespace(), dtype=torch.float32)
     vars(run.family).update(shape=(4, 8, 8), shift=3.0, time_scale=1000, empty=cond(1), uncond=cond)
     run.family.encode = lambda prompts: cond(len(prompts))
-    run.build()
+    with meta:
+        run.build()
     return run
 
 
-@pytest.mark.parametrize("flags", ["", "--lora-rank 4 --anchor-aware-fake --cdm-point renoise"])
-def test_an_iteration_never_waits_for_the_gpu(flags, monkeypatch):
-    """Two iterations look at no value of a GPU tensor, wait for no copy, and mix no devices.
+@pytest.fixture
+def gpu(monkeypatch):
+    """On device "meta" everything works but AdamW's step, one fused kernel on a GPU.
 
-    Left out: text encoding, the log's figures, and AdamW's step, one fused kernel on a GPU.
+    A function: flags -> the settings of small iterations.
     """
     real = cdm.generator
     adamw = torch.optim.AdamW
-    meta = torch.device("meta")
     monkeypatch.setattr(cdm, "generator", lambda *key, device=None: real(*key))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "AdamW", lambda *x, fused, **more: adamw(*x, **more))
     monkeypatch.setattr(adamw, "step", lambda self: None)
-    sizes = "--batch-size 4 --micro-batch-size 2 --max-schedule-steps 4"
-    args = cdm.parse_args([*sizes.split(), *flags.split()])
-    with meta:
-        run = run_on(meta, args)
+    sizes = "--batch-size 4 --micro-batch-size 2 --max-schedule-steps 4".split()
+    return lambda *flags: cdm.parse_args([*sizes, *flags])
+
+
+@pytest.mark.parametrize("flags", ["", "--lora-rank 4 --anchor-aware-fake --cdm-point renoise"])
+def test_an_iteration_never_waits_for_the_gpu(flags, gpu):
+    """Two iterations look at no value of a GPU tensor, wait for no copy, and mix no devices.
+
+    Left out: text encoding, the log's figures, AdamW's step, and what --offload-ema adds.
+    """
+    args = gpu(*flags.split())
+    run = run_on(META, args)
     roles = run.teacher, run.student, run.fake_score, run.ema
     with GPU():
         for k in (1, 2):
             stats = cdm.cdm_iteration(k, list(run.micro_batches(k)), *roles, args)
         assert len(stats) == 9
-        assert all(x.device == meta for x in stats.values())
+        assert all(x.device == META for x in stats.values())
 
 
 def test_the_pretended_gpu_notices_who_waits():
@@ -139,10 +151,33 @@ def test_the_pretended_gpu_notices_who_waits():
             wait()
 
 
-def test_offloaded_text_encoders_change_nothing(whole, tmp_path):
-    """The same bytes as without --offload-text-encoders."""
+class Host(TorchDispatchMode):
+    """A copy from "meta" to the CPU has no values to bring. It brings zeros."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") == CPU:
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return function(*args, **kwargs)
+
+
+def test_an_offloaded_ema_averages_on_the_cpu(gpu):
+    """With --offload-ema it is built and averaged on the CPU, from weights that stay on the GPU."""
+    args = gpu("--offload-ema")
+    with Host():
+        run = run_on(META, args)
+        roles = run.teacher, run.student, run.fake_score, run.ema
+        cdm.cdm_iteration(2, run.micro_batches(2), *roles, args)
+    assert {(p.device, p.dtype) for p in run.ema.values()} == {(CPU, torch.float32)}
+    assert {(p.device, p.dtype) for p in run.student.params.values()} == {(META, torch.float32)}
+    for n, p in run.ema.items():
+        assert p.shape == run.student.params[n].shape
+
+
+def test_offloading_changes_nothing(whole, tmp_path):
+    """The same bytes as without --offload-text-encoders and --offload-ema."""
     samples = ["--sample-every", 3, "--sample-count", 1]
-    folder = finished(tmp_path / "run", *samples, *ONE_SAVE, "--offload-text-encoders")
+    folder = finished(tmp_path / "run", *samples, *ONE_SAVE, *OFFLOAD)
     assert results(folder) == results(whole)
 
 

@@ -144,12 +144,13 @@ def test_few_steps_equal_the_pipelines(steps, family):
     model = cdm.Role(family.transformer, family)
     times = cdm.uniform_times(steps, family.shift)
     options = {"sigmas": cdm.uniform_times(steps).tolist(), "guidance_scale": 1.0}
-    latents = cdm.sample(model, start(family), times, family.encode([PROMPTS[3]]))
+    cond = family.encode([PROMPTS[3]])
+    latents = cdm.sample(model, start(family), times, cond)
     expected = pipeline_draws(family, "latent", **options)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    (image,) = family.images(model, [start(family)], times, [PROMPTS[3]])
+    (image,) = family.images(model, [start(family)], times, cond)
     assert image.tobytes() == pipeline_draws(family, "pil", **options).tobytes()
-    (other,) = family.images(model, [start(family)], times, [PROMPTS[4]])
+    (other,) = family.images(model, [start(family)], times, family.encode([PROMPTS[4]]))
     assert image.tobytes() != other.tobytes()
 
 
@@ -160,7 +161,8 @@ def test_the_guided_teacher_equals_the_pipelines(family):
     """
     model = family.guided(cdm.Role(family.transformer, family), 4.0)
     times = cdm.uniform_times(28, family.shift)
-    latents = cdm.sample(model, start(family), times, family.encode([PROMPTS[3]]))
+    cond = family.encode([PROMPTS[3]])
+    latents = cdm.sample(model, start(family), times, cond)
     options = {"num_inference_steps": 28, "guidance_scale": 4.0}
     expected = pipeline_draws(family, "latent", **options, enable_cfg_renorm=False)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
@@ -230,9 +232,9 @@ def test_resume_bit_for_bit(trained, tmp_path):
 
 
 def test_memory_flags_change_nothing(trained, tmp_path):
-    """Offloaded text encoders and kept activations give the same bytes."""
+    """Offloaded text encoders and EMA, and kept activations, give the same bytes."""
     flags, folder = trained
-    memory = ["--offload-text-encoders", "--no-gradient-checkpointing"]
+    memory = ["--offload-text-encoders", "--offload-ema", "--no-gradient-checkpointing"]
     assert results(finished(tmp_path / "out", *flags, *memory)) == results(folder)
 
 
@@ -270,13 +272,14 @@ def test_the_exported_student_draws_what_the_run_draws(trained, family, tmp_path
     run = build("--output-dir", folder, "--resume", *flags)
     few = cdm.uniform_times(4, family.shift)
     prompt = run.prompts[0]
-    (expected,) = family.images(run.ema_role, [start(family)], few, [prompt])
+    cond = family.encode([prompt])
+    (expected,) = family.images(run.ema_role, [start(family)], few, cond)
     assert readme_picture(folder).tobytes() == expected.tobytes()
     out = ["--output-dir", tmp_path, "--device", "cpu"]
     assert cdm_main(*flags[:4], "--student", folder, "--generate", prompt, *out) == 0
     (file,) = tmp_path.glob("*.png")
     assert Image.open(file).tobytes() == expected.tobytes()
-    (teacher,) = family.images(run.teacher, [start(family)], few, [prompt])
+    (teacher,) = family.images(run.teacher, [start(family)], few, cond)
     assert teacher.tobytes() != expected.tobytes()
 
 

@@ -121,7 +121,7 @@ def ema(trained):
     times = cdm.uniform_times(4, run.family.shift)
     pictures = []
     for prompt in PROMPTS:  # one by one: in a batch an encoder's last bits may differ
-        (image,) = run.family.images(run.ema_role, [noise], times, [prompt])
+        (image,) = run.family.images(run.ema_role, [noise], times, run.family.encode([prompt]))
         pictures.append(image.tobytes())
     return pictures
 

@@ -67,6 +67,15 @@ SD3_MEDIUM = {
     "pos_embed_max_size": 192,
 }
 TOKENS = 77 + 256  # of text: CLIP's and T5's
+VAE = {  # of its vae/config.json, what AutoencoderKL has otherwise
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 # The numbers of blocks are second-hand. With them and diffusers' other defaults the transformer has
 # 6.27 x 10^9 parameters, as it is said to have.
 LONGCAT_IMAGE = {"num_layers": 10, "num_single_layers": 20}
@@ -621,6 +630,19 @@ def compute(args, config, shape, tokens, memory=True):
     return {key: x + (three[key] - x) * (depth - 2) for key, x in two.items()}
 
 
+@torch.no_grad()
+def decoding_memory(pixels):
+    """The peak in bytes while SD3-Medium's VAE decodes one image in bf16, without its weights."""
+    import diffusers
+
+    with no_values(), LiveBytes() as live:
+        vae = diffusers.AutoencoderKL(**VAE).bfloat16()
+        live.peak = live.now
+        before = live.now
+        vae.decode(torch.empty(1, *latents(pixels), dtype=torch.bfloat16)).sample.float()
+    return live.peak - before
+
+
 # --- 6. Tables. ---
 
 
@@ -770,6 +792,24 @@ def print_terms(rows, pixels):
         assert abs(share - 1) < 0.005, f"{way}: arithmetic gives {share:.3f} of the peak"
 
 
+def print_offloaded(pixels):
+    """Where memory peaks if text encoders and EMA are on the GPU only while they are used."""
+    terms = memory_terms("full bfloat16", pixels)
+    names = list(terms)
+    ema = terms[names[3]]
+    kept = sum(terms[name] for name in names[:3]) + terms[POSITIONS_TERM] + BF16 * ENCODERS["VAE"]
+    update = kept + terms[names[4]] + sum(terms[name] for name in ACTIVATIONS)
+    print()
+    print("full bfloat16, --offload-text-encoders, without and with --offload-ema, GB")
+    moments = {
+        "while T5 encodes": (kept + BF16 * ENCODERS["T5-XXL encoder"], 0),
+        "student update": (update, 0),
+        "while an image is decoded": (kept + decoding_memory(pixels), ema),
+    }
+    for moment, (needed, offloaded) in moments.items():
+        print_row(moment, [(needed + ema) / GB, (needed + offloaded) / GB], 1)
+
+
 def print_readme_tables():
     """The table of README for SD3-Medium, and the part of it that parameter counts give."""
     columns = [memory_terms(way, 1024) for way in WAYS]
@@ -836,6 +876,7 @@ def estimate(flags):
     print_computed(rows, pixels, args)
     if not flags.no_gradient_checkpointing:
         print_terms(rows, pixels)
+        print_offloaded(pixels)
     print_readme_tables()
 
 
