@@ -1,8 +1,14 @@
-"""What all tests share: where to find the modules, runs that several tests look at, --slow."""
+"""What all tests share: where to find the modules, runs that several tests look at, --slow.
+
+Processes that take long begin with the session, one after the other. So a second core has work
+while the tests of this process use the first.
+"""
 
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # Before anything imports diffusers or transformers.
@@ -13,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-from helpers import finished, load_pipe
+from helpers import finished, kill_twice, load_pipe, run_toy_quickly, send_signals, two_processes
 
 STARTED = time.time()
 
@@ -64,6 +70,24 @@ def whole(work):
 def lora(work):
     """Six uninterrupted iterations of LoRA. Tests do not change it."""
     return finished(work / "lora", "--lora-rank", 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request, work):
+    """Futures by the name of the fixture that waits for them, of those that some test asks for."""
+    asked = set().union(*(item.fixturenames for item in request.session.items))
+    jobs = {}
+    if "runs" in asked:
+        jobs["runs"] = partial(two_processes, work, request.getfixturevalue("whole"))
+    if "interrupted" in asked:
+        jobs["interrupted"] = partial(send_signals, work)
+    if "killed" in asked:
+        jobs["killed"] = partial(kill_twice, work / "killed")
+    if "quick_run" in asked:
+        jobs["quick_run"] = partial(run_toy_quickly, work / "toy")
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(job) for name, job in jobs.items()}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

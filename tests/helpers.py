@@ -9,10 +9,12 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ PROMPT_FILE = f"{TEACHER}/prompts.txt"
 PROMPTS = Path(PROMPT_FILE).read_text().splitlines()
 SIDE = 32  # pixels of the teacher's pictures
 CPU = torch.device("cpu")
+ENVIRONMENT = dict(os.environ)  # what no test has changed
 SMALL = [
     *("--teacher", TEACHER, "--prompts", PROMPT_FILE, "--device", "cpu"),
     *"--batch-size 4 --alpha 1 --max-schedule-steps 4".split(),
@@ -34,6 +37,8 @@ SMALL = [
 # Learning rates at which six iterations change pictures that have 256 levels of a colour.
 LIVELY = [*SMALL, *"--student-lr 3e-4 --fake-lr 3e-4 --warmup 0 --ema-decay 0.5".split()]
 LORA = {"whole": [], "lora": ["--lora-rank", "4"]}  # what a fixture's name adds to LIVELY
+SOME_SAMPLES = ["--sample-every", "3", "--sample-count", "1"]
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
 NEVER = 100_000  # iterations, for a run that only a signal ends
 ONE_SAVE = ["--save-every", NEVER]  # at the end
 
@@ -96,7 +101,7 @@ def inputs(run, n=4):
 
 def process(*command, stderr=subprocess.PIPE, **env):
     """A process of this Python, which sees no GPU and sums in one thread, as this one does."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    env = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
     command = [sys.executable, *map(str, command)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=stderr)
@@ -162,6 +167,79 @@ def logged(folder):
     """Whether a run has written the first line of its log."""
     file = folder / "log.jsonl"
     return file.exists() and file.stat().st_size > 0
+
+
+# --- Long jobs of other processes. conftest.py starts them early. ---
+
+
+def two_processes(work, one, kind="whole"):
+    """A run that two processes began and one that two ended, beside `one`, which is not changed.
+
+    Two save at iteration 4 of the first; `one` saved at 4 and two go on. Returns the folders.
+    """
+    begun = work / f"begun_{kind}"
+    ended = shutil.copytree(one, work / f"ended_{kind}")
+    shutil.rmtree(ended / "checkpoint_000006")
+    shutil.rmtree(ended / "student")
+    flags = [*LIVELY, *LORA[kind], *SOME_SAMPLES, "--output-dir"]
+    both = torchrun(*flags, begun, "--iterations", 4), torchrun(*flags, ended, "--resume")
+    for popen in both:
+        code, _, err = finish(popen, 240)
+        assert code == 0, err[-3000:]
+    return begun, ended
+
+
+def send_signals(work):
+    """{signal: folder, exit code and stderr of a run that got it after its first log line}.
+
+    The runs begin as a shell begins a background job of a script: with SIGINT ignored.
+    """
+    script = "import cdm, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    script += "; sys.exit(cdm.main(sys.argv[1:]))"
+
+    def interrupt(number):
+        folder = work / number.name
+        endless = ["--iterations", NEVER, *ONE_SAVE]
+        popen = process("-c", script, *LIVELY, *endless, "--output-dir", folder)
+        freeze_when(popen, lambda: logged(folder))
+        popen.send_signal(number)
+        popen.send_signal(signal.SIGCONT)
+        code, _, err = finish(popen)
+        return folder, code, err
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(SIGNALS, threads.map(interrupt, SIGNALS), strict=True))
+
+
+def kill_twice(folder):
+    """A run that got kill -9 at its first log line, and again while a checkpoint was half written
+    beside a whole one. Returns the folder.
+    """
+    flags = [*LIVELY, "--output-dir", folder]
+    first = process("cdm.py", *flags, "--save-every", "100")
+    freeze_when(first, lambda: logged(folder))
+    assert checkpoints(folder) == []
+    kill_9(first)
+
+    def saving():
+        half = [name.endswith(".tmp") for name in checkpoints(folder)]
+        return any(half) and not all(half)
+
+    second = process("cdm.py", *flags, "--save-every", "1", "--resume")
+    freeze_when(second, saving)
+    kill_9(second)
+    assert saving()
+    assert not (folder / "student").exists()
+    return folder
+
+
+def run_toy_quickly(folder):
+    """A quick run of toy_2d.py. Returns the folder and what it printed."""
+    code, out, err = finish(
+        process("toy_2d.py", "--quick", "--seed", 3, "--output-dir", folder), 300
+    )
+    assert code == 0, err
+    return folder, out
 
 
 # --- What a run left. ---

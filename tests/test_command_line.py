@@ -258,9 +258,13 @@ def hub(work):
 
 @pytest.mark.parametrize("name", HUB)
 def test_hub_ids(name, hub):
-    """A gated, unknown or empty repository: the reason, its page and the command to log in."""
+    """A gated, unknown or empty repository: the reason, its page and the command to log in.
+
+    It may have been meant as a folder.
+    """
     page = "https://huggingface.co/" + name
-    check_sentence("", hub.said[name], name, HUB[name][2], page, "`hf auth login`")
+    words = [HUB[name][2], "no such folder", page, "`hf auth login`"]
+    check_sentence("", hub.said[name], name, *words)
 
 
 def test_hub_ids_are_mistakes(hub):

@@ -1,7 +1,6 @@
 """Several processes: torchrun and FSDP2 on this CPU."""
 
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from helpers import (
     NEVER,
     ONE_SAVE,
     SMALL,
+    SOME_SAMPLES,
     assert_same_figures,
     cdm_main,
     checkpoints,
@@ -22,31 +22,25 @@ from helpers import (
     shard,
     snapshot,
     torchrun,
+    two_processes,
 )
 
 KINDS = ["whole", pytest.param("lora", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def runs(request, work):
+def runs(request, early, work):
     """One process's run, one that two processes began, one that two ended. Tests do not change it.
 
-    Two save at iteration 4 and one goes on; one saved at 4 and two go on.
+    The first of two processes is continued by one. Its log before that comes last.
     """
     kind = request.param
     one = request.getfixturevalue(kind)
-    begun, ended = work / f"begun_{kind}", shutil.copytree(one, work / f"ended_{kind}")
-    shutil.rmtree(ended / "checkpoint_000006")
-    shutil.rmtree(ended / "student")
-    # Samples in between: the averaged weights that they swap in must not stay on any rank.
-    samples = ["--sample-every", "3", "--sample-count", "1"]
-    flags = [*LIVELY, *LORA[kind], *samples, "--output-dir"]
-    both = torchrun(*flags, begun, "--iterations", 4), torchrun(*flags, ended, "--resume")
-    for popen in both:
-        code, _, err = finish(popen, 240)
-        assert code == 0, err[-3000:]
+    begun, ended = early["runs"].result() if kind == "whole" else two_processes(work, one, kind)
     first = log(begun)
-    assert cdm_main(*flags, begun, "--resume") == 0
+    # Samples in between: the averaged weights draw them, and must not change on any rank.
+    flags = [*LIVELY, *LORA[kind], *SOME_SAMPLES, "--output-dir", begun]
+    assert cdm_main(*flags, "--resume") == 0
     return one, begun, ended, first
 
 

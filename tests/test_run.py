@@ -2,30 +2,23 @@
 
 import re
 import shutil
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     LIVELY,
-    NEVER,
     ONE_SAVE,
     ROOT,
+    SIGNALS,
     TEACHER,
     cdm_main,
     check_mistake,
     check_sentence,
     checkpoints,
     files_limited_to,
-    finish,
     finished,
-    freeze_when,
-    kill_9,
     log,
-    logged,
-    process,
     results,
     saying,
     shard,
@@ -136,30 +129,17 @@ def test_no_pickle_is_loaded():
     assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", source))
 
 
-def test_kill_9_before_the_first_checkpoint_and_in_the_middle_of_a_save(whole, tmp_path):
-    """A run killed twice ends with the bytes of the uninterrupted one, and nothing half written.
+@pytest.fixture
+def killed(early):
+    """The folder of a run that got kill -9 twice, the second time in the middle of a save."""
+    return early["killed"].result()
 
-    First at its first log line, then with a checkpoint half written beside a whole one.
-    """
-    folder = tmp_path / "run"
-    flags = [*LIVELY, "--output-dir", folder]
-    first = process("cdm.py", *flags, "--save-every", "100")
-    freeze_when(first, lambda: logged(folder))
-    assert checkpoints(folder) == []
-    kill_9(first)
 
-    def saving():
-        half = [name.endswith(".tmp") for name in checkpoints(folder)]
-        return any(half) and not all(half)
-
-    second = process("cdm.py", *flags, "--save-every", "1", "--resume")
-    freeze_when(second, saving)
-    kill_9(second)
-    assert saving()
-    assert not (folder / "student").exists()
-    assert cdm_main(*flags, "--resume") == 0
-    assert results(folder) == results(whole)
-    assert not list(folder.rglob("*.tmp"))
+def test_kill_9_before_the_first_checkpoint_and_in_the_middle_of_a_save(killed, whole):
+    """It ends with the bytes of the uninterrupted run, and nothing half written."""
+    assert cdm_main(*LIVELY, "--output-dir", killed, "--resume") == 0
+    assert results(killed) == results(whole)
+    assert not list(killed.rglob("*.tmp"))
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_save(whole, tmp_path, capfd):
@@ -177,30 +157,11 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(whole, tmp_path, capfd):
 
 # --- Signals. ---
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
-
 
 @pytest.fixture(scope="module")
-def interrupted(work):
-    """Folder, exit code and stderr of a run that got a signal after its first log line.
-
-    It begins as a shell begins a background job of a script: with SIGINT ignored.
-    """
-    script = "import cdm, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    script += "; sys.exit(cdm.main(sys.argv[1:]))"
-
-    def interrupt(number):
-        folder = work / number.name
-        endless = ["--iterations", NEVER, *ONE_SAVE]
-        popen = process("-c", script, *LIVELY, *endless, "--output-dir", folder)
-        freeze_when(popen, lambda: logged(folder))
-        popen.send_signal(number)
-        popen.send_signal(signal.SIGCONT)
-        code, _, err = finish(popen)
-        return folder, code, err
-
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(SIGNALS, threads.map(interrupt, SIGNALS), strict=True))
+def interrupted(early):
+    """{signal: folder, exit code and stderr of a run that got it after its first log line}."""
+    return early["interrupted"].result()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

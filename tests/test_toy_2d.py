@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_toy_quickly
 
 import cdm
 import toy_2d as toy
@@ -289,19 +290,10 @@ def start_program(*flags, cwd):
     )
 
 
-def run_quickly(folder):
-    """A quick run into a folder. Returns what it printed."""
-    program = start_program("--quick", "--seed", 3, "--output-dir", folder, cwd=folder.parent)
-    out, err = program.communicate(timeout=300)
-    assert program.returncode == 0, err
-    return out
-
-
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory):
+def quick_run(early):
     """The folder of a quick run, and what it printed."""
-    folder = tmp_path_factory.mktemp("toy") / "out"
-    return folder, run_quickly(folder)
+    return early["quick_run"].result()
 
 
 @pytest.fixture
@@ -318,7 +310,7 @@ def test_a_quick_run_writes_all_files(quick_run):
 @pytest.mark.slow
 def test_a_quick_run_is_deterministic(quick_run, tmp_path):
     folder, _ = quick_run
-    run_quickly(tmp_path / "again")
+    run_toy_quickly(tmp_path / "again")
     again = (tmp_path / "again" / "metrics.json").read_bytes()
     assert (folder / "metrics.json").read_bytes() == again
 

@@ -33,30 +33,30 @@ TEACHER = ROOT / "tests" / "emoji_sd3"
 
 # --- 1. The plan. ---
 
-SLOW = "--student-lr 5e-5 --fake-lr 6e-4"
-RELEASED = "--student-lr 2e-4 --fake-lr 1e-4"  # 20 times the released rates
 D_DMD = "--schedule fixed --cdm-weight 0"
-ROWS = {
-    "CDM": SLOW,
-    "CDM without L_CDM": f"{SLOW} --cdm-weight 0",
-    "D-DMD": f"{SLOW} {D_DMD}",
-    "CDM, fixed schedule": f"{SLOW} --schedule fixed",
-    "L_CA alone": f"{SLOW} --dm-weight 0 --cdm-weight 0",
-    "CDM, anchor-aware": f"{SLOW} --anchor-aware-fake",
-    "CDM, no guidance": f"{SLOW} --ca-weight 0",
-    "D-DMD, no guidance": f"{SLOW} {D_DMD} --ca-weight 0",
-    "CDM, released ratio": RELEASED,
+METHODS = {
+    "CDM": "",
+    "CDM without L_CDM": "--cdm-weight 0",
+    "D-DMD": D_DMD,
+    "CDM, fixed schedule": "--schedule fixed",
+    "L_CA alone": "--dm-weight 0 --cdm-weight 0",
+    "CDM, anchor-aware": "--anchor-aware-fake",
+    "CDM, no guidance": "--ca-weight 0",
+    "D-DMD, no guidance": f"{D_DMD} --ca-weight 0",
+}
+RELEASED = "--student-lr 2e-4 --fake-lr 1e-4"  # 20 times the released rates
+SLOW = {name: f"--student-lr 5e-5 --fake-lr 6e-4 {flags}" for name, flags in METHODS.items()}
+FAST = {f"{name}, released ratio": f"{RELEASED} {flags}" for name, flags in METHODS.items()}
+CONTROLS = {
     "CDM, released ratio, bf16": f"{RELEASED} --weights bfloat16",
     "CDM, released ratio, rounded": RELEASED,
     "CDM, released ratio, stochastic": f"--stochastic {RELEASED}",
     "CDM, released ratio, matched": "--student-lr 1.7e-4 --fake-lr 8.5e-5",  # as far as rounded
-    "D-DMD, released ratio": f"{RELEASED} {D_DMD}",
     "D-DMD, released ratio, bf16": f"{RELEASED} {D_DMD} --weights bfloat16",
     "D-DMD, released ratio, rounded": f"{RELEASED} {D_DMD}",
     "CDM, slower student": "--student-lr 2e-5 --fake-lr 1e-4",
 }
-LOOKS = "C0o- C1o- C2o- C4o- C3o- C6o- C0s: C2s: C0^-- C0v: C0v-. C7v- C8^: C2^-- C2v: C2v-. C5o-"
-LOOKS = dict(zip(ROWS, LOOKS.split(), strict=True))  # in the figure
+ROWS = SLOW | FAST | CONTROLS
 COMMON = (
     f"--teacher {TEACHER} --prompts {TEACHER}/prompts.txt --device cpu "
     "--iterations 300 --export-every 50 --batch-size 32 --max-schedule-steps 8 --alpha 1 "
@@ -224,23 +224,28 @@ def tables(found, teacher):
 
 
 def draw(found, teacher, path):
-    """Left, blends against members along training. Right, blends of the last students by steps."""
+    """Left, blends against members along training. Right, blends of the last students by steps.
+
+    Of all rows but the controls. A method has a colour; the released ratio is dashed.
+    """
     import matplotlib.pyplot as plt
 
     shape = {"figsize": (13, 8), "width_ratios": (1.7, 1), "layout": "constrained"}
     figure, (left, right) = plt.subplots(1, 2, **shape)
     start = teacher["teacher"]["4"][str(FEW)]
-    for row, cells in found.items():
+    for i, row in enumerate(SLOW | FAST):
+        cells = found[row]
+        look = f"C{i % len(METHODS)}" + ("o--" if row in FAST else "o-")
         x = [100 * start["blends"]]
         y = [start["members"]]
         for k in range(len(cells[0]["points"])):
             x.append(100 * mean(over_seeds(cells, k, "4", "blends")))
             y.append(mean(over_seeds(cells, k, "4", "members")))
-        left.plot(x, y, LOOKS[row], markersize=3, label=row)
-        left.plot(x[-1], y[-1], LOOKS[row], markersize=9)
+        left.plot(x, y, look, markersize=3, label=row)
+        left.plot(x[-1], y[-1], look, markersize=9)
         x = [100 * mean(over_seeds(cells, -1, grid, "blends", MANY)) for grid in GRIDS]
-        right.plot(list(GRIDS)[:-1], x[:-1], LOOKS[row])
-        right.plot("uneven", x[-1], LOOKS[row])
+        right.plot(list(GRIDS)[:-1], x[:-1], look)
+        right.plot("uneven", x[-1], look)
     marks = {("", "4"): "k*", (", guidance 2", "4"): "kX", (", guidance 2", "28"): "kP"}
     for (name, grid), mark in marks.items():
         point = teacher["teacher" + name][grid][str(FEW)]
