@@ -1324,7 +1324,7 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         with self.replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
-            for name, tensors in self.state().items():
+            for name, tensors in self.state().items():  # safetensors holds one file in memory
                 writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
                 dcp.save(tensors, storage_writer=writer)
             if self.rank == 0:

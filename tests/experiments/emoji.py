@@ -86,6 +86,20 @@ def sample(pipe, transformer, times, per_group, guidance=1.0, seed=0, batch=250)
     return torch.cat(images), groups
 
 
+@torch.no_grad()
+def draw_data(pipe, per_group):
+    """Real draws through the autoencoder: images (5 * per_group, 3, 32, 32), groups."""
+    images, groups = load_emoji()
+    gen = torch.Generator().manual_seed(0)
+    picked = []
+    for group in range(len(PROMPTS)):
+        members = (groups == group).nonzero().flatten()
+        picked.append(members[torch.randint(len(members), (per_group,), generator=gen)])
+    picked = torch.cat(picked)
+    decoded = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mode()).sample
+    return decoded.clamp(-1, 1)[picked], groups[picked]
+
+
 def frechet_distance(a, b, weights_b):
     """Fréchet distance of Gaussians fitted to images a, and to b with weights (M,) of sum 1.
 

@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # One process on each core: threads that sh
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from emoji import PROMPTS, load_emoji, measure, sample
+from emoji import draw_data, load_emoji, measure, sample
 from emoji import shifted_times as shifted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +44,10 @@ METHODS = {
     "CDM, no guidance": "--ca-weight 0",
     "D-DMD, no guidance": f"{D_DMD} --ca-weight 0",
 }
+RATIO = ", released ratio"
 RELEASED = "--student-lr 2e-4 --fake-lr 1e-4"  # 20 times the released rates
 SLOW = {name: f"--student-lr 5e-5 --fake-lr 6e-4 {flags}" for name, flags in METHODS.items()}
-FAST = {f"{name}, released ratio": f"{RELEASED} {flags}" for name, flags in METHODS.items()}
+FAST = {name + RATIO: f"{RELEASED} {flags}" for name, flags in METHODS.items()}
 CONTROLS = {
     "CDM, released ratio, bf16": f"{RELEASED} --weights bfloat16",
     "CDM, released ratio, rounded": RELEASED,
@@ -85,20 +86,6 @@ def scores(samples, asked):
 def load_pipeline():
     torch.set_num_threads(1)
     return StableDiffusion3Pipeline.from_pretrained(TEACHER, dtype=torch.float32)
-
-
-@torch.no_grad()
-def draw_data(pipe, per_group):
-    """Real draws through the autoencoder: images (5 * per_group, 3, 32, 32), groups."""
-    images, groups = load_emoji()
-    gen = torch.Generator().manual_seed(0)
-    picked = []
-    for group in range(len(PROMPTS)):
-        members = (groups == group).nonzero().flatten()
-        picked.append(members[torch.randint(len(members), (per_group,), generator=gen)])
-    picked = torch.cat(picked)
-    decoded = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mode()).sample
-    return decoded.clamp(-1, 1)[picked], groups[picked]
 
 
 def references(out):
@@ -224,42 +211,47 @@ def tables(found, teacher):
 
 
 def draw(found, teacher, path):
-    """Left, blends against members along training. Right, blends of the last students by steps.
+    """Blends against members along training, for both rates; blends of the last students by steps.
 
     Of all rows but the controls. A method has a colour; the released ratio is dashed.
     """
     import matplotlib.pyplot as plt
 
-    shape = {"figsize": (13, 8), "width_ratios": (1.7, 1), "layout": "constrained"}
-    figure, (left, right) = plt.subplots(1, 2, **shape)
+    shape = {"figsize": (15, 7), "width_ratios": (1, 1, 0.9), "layout": "constrained"}
+    figure, (slow, fast, ladder) = plt.subplots(1, 3, **shape)
     start = teacher["teacher"]["4"][str(FEW)]
-    for i, row in enumerate(SLOW | FAST):
-        cells = found[row]
-        look = f"C{i % len(METHODS)}" + ("o--" if row in FAST else "o-")
+    for row, cells in found.items():
+        if row in CONTROLS:
+            continue
+        method = row.removesuffix(RATIO)
+        color = f"C{list(METHODS).index(method)}"
+        panel, line, fill = (slow, "o-", "full") if row in SLOW else (fast, "o--", "none")
         x = [100 * start["blends"]]
         y = [start["members"]]
         for k in range(len(cells[0]["points"])):
             x.append(100 * mean(over_seeds(cells, k, "4", "blends")))
             y.append(mean(over_seeds(cells, k, "4", "members")))
-        left.plot(x, y, look, markersize=3, label=row)
-        left.plot(x[-1], y[-1], look, markersize=9)
+        panel.plot(x, y, color + line, markersize=3, label=method)
+        panel.plot(x[-1], y[-1], color + "o", markersize=9, fillstyle=fill)
         x = [100 * mean(over_seeds(cells, -1, grid, "blends", MANY)) for grid in GRIDS]
-        right.plot(list(GRIDS)[:-1], x[:-1], look)
-        right.plot("uneven", x[-1], look)
+        ladder.plot(list(GRIDS)[:-1], x[:-1], color + line, fillstyle=fill)
+        ladder.plot("uneven", x[-1], color + "o", fillstyle=fill)
     marks = {("", "4"): "k*", (", guidance 2", "4"): "kX", (", guidance 2", "28"): "kP"}
-    for (name, grid), mark in marks.items():
-        point = teacher["teacher" + name][grid][str(FEW)]
-        label = f"teacher{name}, {grid} steps"
-        left.plot(100 * point["blends"], point["members"], mark, markersize=11, label=label)
+    for panel in (slow, fast):
+        for (name, grid), mark in marks.items():
+            point = teacher["teacher" + name][grid][str(FEW)]
+            label = f"teacher{name}, {grid} steps"
+            panel.plot(100 * point["blends"], point["members"], mark, markersize=11, label=label)
+        panel.set(xlabel="blends at 4 steps, %", ylabel="members present, of 102")
     x = [100 * teacher["teacher"][grid][str(MANY)]["blends"] for grid in GRIDS]
-    right.plot(list(GRIDS)[:-1], x[:-1], "k*-", markersize=11)
-    right.plot("uneven", x[-1], "k*", markersize=11)
-    left.set(xlabel="blends at 4 steps, %", ylabel="members present, of 102")
-    left.set_title("along training, 4 steps; large marks: the last students")
-    right.set(xlabel="Euler steps", ylabel="blends, %", yscale="log", ylim=(1.5, 120))
-    right.set_title("the last students; star: the teacher")
-    right.set_yticks([2, 5, 10, 20, 50, 100], [2, 5, 10, 20, 50, 100])
-    figure.legend(loc="outside lower center", ncols=4)
+    ladder.plot(list(GRIDS)[:-1], x[:-1], "k*-", markersize=11)
+    ladder.plot("uneven", x[-1], "k*", markersize=11)
+    ladder.set(xlabel="Euler steps", ylabel="blends, %", yscale="log", ylim=(1.5, 120))
+    ladder.set_yticks([2, 5, 10, 20, 50, 100], [2, 5, 10, 20, 50, 100])
+    slow.set_title("slow rates, along training")
+    fast.set_title("released ratio, along training")
+    ladder.set_title("the last students; dashed: released ratio")
+    figure.legend(*slow.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 
