@@ -960,6 +960,11 @@ def check(args):
     if args.times:
         falling = args.times[0] == 1 and all(t > s > 0 for t, s in itertools.pairwise(args.times))
         require(falling, "--times must start at 1, fall, and stay above 0.")
+    one_full_run = not (
+        args.lora_rank or args.generate or int(os.environ.get("WORLD_SIZE") or 1) > 1
+    )
+    advice = "it is for full fine-tuning on one GPU"
+    require(one_full_run or not args.offload_ema, f"leave out --offload-ema: {advice}.")
     drawing = args.generate or not (args.student or args.times)
     require(drawing, "--student and --times go with --generate PROMPT.")
     cuda = torch.cuda.is_available()
@@ -1092,7 +1097,7 @@ class Run:
     def build(self):
         """From the four networks: what cdm_iteration needs, Learners of two of them."""
         args = self.args
-        self.ema_on_cpu = args.offload_ema and self.world == 1 and not args.lora_rank
+        self.ema_on_cpu = args.offload_ema
         networks = self.full_networks()
         if args.lora_rank:
             networks = self.lora_networks()
@@ -1210,6 +1215,8 @@ class Run:
             size = sum(p.numel() * p.element_size() for p in self.student.params.values()) / 1e9
             print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        for half in self.folder.glob("checkpoint_*.tmp"):
+            shutil.rmtree(half)  # of a save that was killed
         if self.k:
             print(f"    continuing from iteration {self.k}; later lines of the log are dropped")
         self.log_file.write_text(self.log)

@@ -51,6 +51,8 @@ WRONG = [
     ("--student-lr nan", "--student-lr"),
     ("--clip 0", "--clip"),
     ("--ema-decay 1.5", "--ema-decay"),
+    ("--offload-ema --lora-rank 4", "--offload-ema"),
+    ("--offload-ema --generate cat", "--offload-ema"),
     ("--fake-pull 2", "--fake-pull"),
     ("--schedule sometimes", "--schedule"),
     ("--cdm-point nowhere", "--cdm-point"),

@@ -142,6 +142,15 @@ def test_kill_9_before_the_first_checkpoint_and_in_the_middle_of_a_save(killed, 
     assert not list(killed.rglob("*.tmp"))
 
 
+def test_half_a_checkpoint_is_removed(whole, tmp_path):
+    """A save that was killed left it, at an iteration that does not come again."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    half = shutil.copytree(folder / "checkpoint_000004", folder / "checkpoint_000003.tmp")
+    assert cdm_main(*LIVELY, "--output-dir", folder, "--resume") == 0
+    assert not half.exists()
+    assert checkpoints(folder) == checkpoints(whole)
+
+
 def test_a_disk_that_is_full_in_the_middle_of_a_save(whole, tmp_path, capfd):
     """No file may grow beyond 1 MB: one sentence. With room again, the run goes on."""
     folder = shutil.copytree(whole, tmp_path / "run")
