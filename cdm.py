@@ -22,8 +22,7 @@ gradient.
     fake_score  v_phi, D_fake       trained in every iteration on the student's own clean estimates
     ema         theta_bar           the student's moving average: what is sampled and exported
     anchor      x_{t_i}, t_i        a point of the student's own trajectory, one for each sample
-    tau                             the time to which a clean estimate is noised again, so that
-                                    teacher and fake score can be compared there
+    tau                             the time to which a clean estimate is noised again
 
 From the paper to the code, by equation, section or symbol:
 
@@ -86,7 +85,7 @@ def times_like(t, x):
 
 
 def take(cond, rows):
-    """Some rows of a condition, a slice or indices."""
+    """The given rows of a condition: a slice or indices."""
     return tuple(c[rows] for c in cond)
 
 
@@ -179,14 +178,14 @@ def sample(model, noise, times, cond):
 
 # --- The losses (Eqs. 3-4; sec. 3.3). ---
 #
-# All are pseudo-target regressions: x0_hat carries the student's gradient, and is pulled towards
+# The student's are pseudo-target regressions: x0_hat carries its gradient, and is pulled towards
 # sg[x0_hat + w delta]. ca_loss and dm_loss return the loss, a scalar, and w, (B,). To add a loss,
 # write a function here, give it a weight in CDM and in check(), a name in draw_iteration's `tau`,
 # and a call in cdm_iteration. The comment beside a field of CDM is its flag's help.
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
-# Adam does not see the difference. Gradient clipping does: its limit of 1.0 belongs to this one.
+# Adam does not see the difference. Gradient clipping does: its limit of 1.0 is for this convention.
 
 
 def dmd_weight(d_real, x0_hat, floor=0.1):
@@ -322,7 +321,7 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         "cdm": uniform("cdm"),
         "fake": uniform("fake"),
     }
-    # With a small time_low, tau_min may be above t_i.
+    # With a small time_low tau_min may be above t_i. Then L_CA's tau is tau_min.
     tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
     noise = {name: normal(name) for name in ("start", *tau)}
 
@@ -459,7 +458,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
                 record(loss_dm=dm, w_dm=w.mean())
             (scale * loss).backward()  # now, so that only one graph is in memory at a time
 
-        # L_CDM off the trajectory, from another.
+        # L_CDM at the off-trajectory point, from a second evaluation.
         if cfg.cdm_weight:
             x0_hat = student_estimate(x_off, d.t_off, cond)
             fake = fake_score_for(d.t_off)
@@ -1095,7 +1094,7 @@ class Run:
         yield teacher
 
     def build(self):
-        """From the four networks: what cdm_iteration needs, Learners of two of them."""
+        """Make the roles of the four networks, and Learners of the two that are trained."""
         args = self.args
         self.ema_on_cpu = args.offload_ema
         networks = self.full_networks()
@@ -1238,7 +1237,7 @@ class Run:
         values = torch.stack([gather(x).float().to(self.device) for x in [*stats.values(), stop]])
         if self.world > 1:
             torch.distributed.all_reduce(values)
-        *numbers, stop = (values / self.world).tolist()  # the only place where the loop waits
+        *numbers, stop = (values / self.world).tolist()  # waits for the GPU
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
         advice = "--resume or start again with lower learning rates, --student-lr and --fake-lr"
