@@ -820,8 +820,7 @@ def load_family(args, device, student=None):
     advice = "check the files"
     if is_hub_id:
         advice = (
-            "there is no such folder; for a hub id check the name, "
-            f"accept the licence at https://huggingface.co/{name} and run "
+            f"check the name, accept the licence at https://huggingface.co/{name} and run "
             "`hf auth login`; if it was downloaded before, set HF_HUB_OFFLINE=1"
         )
     with explained(f"{who} cannot be loaded as a {families}", advice):

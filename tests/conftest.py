@@ -73,7 +73,7 @@ def lora(work):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def early(request, work):
+def early(request, work, one_thread):
     """Futures by the name of the fixture that waits for them, of those that some test asks for."""
     asked = set().union(*(item.fixturenames for item in request.session.items))
     jobs = {}

@@ -260,12 +260,9 @@ def hub(work):
 
 @pytest.mark.parametrize("name", HUB)
 def test_hub_ids(name, hub):
-    """A gated, unknown or empty repository: the reason, its page and the command to log in.
-
-    It may have been meant as a folder.
-    """
+    """A gated, unknown or empty repository: the reason, its page and the command to log in."""
     page = "https://huggingface.co/" + name
-    words = [HUB[name][2], "no such folder", page, "`hf auth login`"]
+    words = [HUB[name][2], page, "`hf auth login`"]
     check_sentence("", hub.said[name], name, *words)
 
 
