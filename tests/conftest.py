@@ -73,8 +73,9 @@ def lora(work):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def early(request, work, one_thread):
+def early(request, work):
     """Futures by the name of the fixture that waits for them, of those that some test asks for."""
+    torch.set_num_threads(1)  # before the shared run, for its bytes are compared
     asked = set().union(*(item.fixturenames for item in request.session.items))
     jobs = {}
     if "runs" in asked:
