@@ -958,11 +958,10 @@ def check(args):
     if args.times:
         falling = args.times[0] == 1 and all(t > s > 0 for t, s in itertools.pairwise(args.times))
         require(falling, "--times must start at 1, fall, and stay above 0.")
-    one_full_run = not (
-        args.lora_rank or args.generate or int(os.environ.get("WORLD_SIZE") or 1) > 1
-    )
-    advice = "it is for full fine-tuning on one GPU"
-    require(one_full_run or not args.offload_ema, f"leave out --offload-ema: {advice}.")
+    if args.offload_ema:
+        one_process = int(os.environ.get("WORLD_SIZE") or 1) == 1
+        fits = one_process and not args.lora_rank and not args.generate
+        require(fits, "leave out --offload-ema: it is for full fine-tuning on one GPU.")
     drawing = args.generate or not (args.student or args.times)
     require(drawing, "--student and --times go with --generate PROMPT.")
     cuda = torch.cuda.is_available()
@@ -1064,7 +1063,7 @@ class Run:
     def full_networks(self):
         """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own."""
         teacher = self.family.transformer
-        home = "cpu" if self.ema_on_cpu else self.device
+        home = "cpu" if self.args.offload_ema else self.device
         # The EMA is float32. In bf16 its small steps would round away.
         yield copy.deepcopy(teacher).requires_grad_(True).float().to(home)
         yield copy.deepcopy(teacher).requires_grad_(True)
@@ -1095,7 +1094,6 @@ class Run:
     def build(self):
         """Make the roles of the four networks, and Learners of the two that are trained."""
         args = self.args
-        self.ema_on_cpu = args.offload_ema
         networks = self.full_networks()
         if args.lora_rank:
             networks = self.lora_networks()
@@ -1213,7 +1211,7 @@ class Run:
             size = sum(p.numel() * p.element_size() for p in self.student.params.values()) / 1e9
             print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        for half in self.folder.glob("checkpoint_*.tmp"):
+        for half in self.folder.glob("checkpoint_[0-9]*.tmp"):
             shutil.rmtree(half)  # of a save that was killed
         if self.k:
             print(f"    continuing from iteration {self.k}; later lines of the log are dropped")
@@ -1251,7 +1249,7 @@ class Run:
         gens = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
         noise = [torch.randn(1, *family.shape, generator=gen) for gen in gens]
         cond = family.encode(prompts)
-        if self.ema_on_cpu:
+        if args.offload_ema:
             self.ema_role.transformer.to(self.device)
 
         def row(label, model, steps):
@@ -1263,7 +1261,7 @@ class Run:
         for n in args.sample_steps:
             rows.append(row(f"teacher, steps: {n}", self.teacher, n))
             rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_role, n))
-        if self.ema_on_cpu:
+        if args.offload_ema:
             self.ema_role.transformer.to("cpu")
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")

@@ -22,6 +22,8 @@ import torch
 from helpers import finished, kill_twice, load_pipe, run_toy_quickly, send_signals, two_processes
 
 STARTED = time.time()
+# Runs are compared bit for bit with runs of other processes: all sum in the same order.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
@@ -45,15 +47,6 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"the suite took {seconds:.0f} s on {os.cpu_count()} cores")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Runs are compared bit for bit with runs of other processes: all sum in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
     """A folder for the runs that several tests look at."""
@@ -75,7 +68,6 @@ def lora(work):
 @pytest.fixture(scope="session", autouse=True)
 def early(request, work):
     """Futures by the name of the fixture that waits for them, of those that some test asks for."""
-    torch.set_num_threads(1)  # before the shared run, for its bytes are compared
     asked = set().union(*(item.fixturenames for item in request.session.items))
     jobs = {}
     if "runs" in asked:

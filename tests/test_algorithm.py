@@ -16,12 +16,6 @@ from reference import (
 
 import cdm
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 # --------------------------------------------------------------------------------------------------
 # A worked example: one sample of one entry, and models whose velocity is a number.
 #

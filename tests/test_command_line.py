@@ -201,6 +201,13 @@ def test_a_mistyped_path_as_teacher(path, tmp_path, monkeypatch, capfd):
     assert "hf auth login" not in sentence
 
 
+def test_several_processes_offload_no_ema(monkeypatch, tmp_path, capfd):
+    """--offload-ema under torchrun would do nothing: a mistake."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = [*SMALL, "--offload-ema", "--output-dir", tmp_path / "out"]
+    check_mistake(capfd, tmp_path, flags, "--offload-ema", "one GPU")
+
+
 # --- Teachers on the hub: huggingface_hub against a server on this machine. ---
 
 SIBLING = "stabilityai/stable-diffusion-3-medium-diffusers"

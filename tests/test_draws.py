@@ -13,11 +13,6 @@ import cdm
 LOSSES = {"ca", "dm", "cdm", "fake"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 # --- The schedule. ---
 
 

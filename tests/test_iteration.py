@@ -24,12 +24,6 @@ from reference import (
 
 import cdm
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 # --- Which network is evaluated where, and how often. ---
 
 SOME_LOSSES = [on for on in itertools.product((0, 1), repeat=3) if any(on)]

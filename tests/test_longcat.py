@@ -161,8 +161,7 @@ def test_the_guided_teacher_equals_the_pipelines(family):
     """
     model = family.guided(cdm.Role(family.transformer, family), 4.0)
     times = cdm.uniform_times(28, family.shift)
-    cond = family.encode([PROMPTS[3]])
-    latents = cdm.sample(model, start(family), times, cond)
+    latents = cdm.sample(model, start(family), times, family.encode([PROMPTS[3]]))
     options = {"num_inference_steps": 28, "guidance_scale": 4.0}
     expected = pipeline_draws(family, "latent", **options, enable_cfg_renorm=False)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)

@@ -23,11 +23,6 @@ FILES = {"metrics.json", "toy_training.gif"} | {f"toy_{name}.png" for name in FI
 every_mixture = pytest.mark.parametrize("name", toy.MIXTURES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def exact_samples(name, n=200_000):
     mix = toy.MIXTURES[name]
     c = torch.arange(n) % mix.classes

@@ -796,9 +796,10 @@ def print_offloaded(pixels):
     """Where memory peaks if text encoders and EMA are on the GPU only while they are used."""
     terms = memory_terms("full bfloat16", pixels)
     names = list(terms)
-    ema = terms[names[3]]
+    ema = terms["student EMA, float32"]
     kept = sum(terms[name] for name in names[:3]) + terms[POSITIONS_TERM] + BF16 * ENCODERS["VAE"]
-    update = kept + terms[names[4]] + sum(terms[name] for name in ACTIVATIONS)
+    update = kept + terms["gradients, of one network at a time"]
+    update += sum(terms[name] for name in ACTIVATIONS)
     print()
     print("full bfloat16, --offload-text-encoders, without and with --offload-ema, GB")
     moments = {
