@@ -79,8 +79,8 @@ from tqdm import tqdm
 # ==================================================================================================
 
 
-def times_like(t, x):
-    """View times (B,) or () so that they multiply x (B, ...)."""
+def per_sample(t, x):
+    """View one number a sample, (B,), or one for all, (), so that it multiplies x (B, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -91,18 +91,18 @@ def take(cond, rows):
 
 def clean_estimate(x_t, t, v):
     """D(x_t, t, c) = x_t - t v: the end at t = 0 of the straight path through x_t.  (Eq. 1)"""
-    return x_t - times_like(t, x_t) * v
+    return x_t - per_sample(t, x_t) * v
 
 
 def add_noise(x0, t, noise):
     """x_t = (1 - t) x_0 + t noise."""
-    t = times_like(t, x0)
+    t = per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 
 
 def euler_step(x_t, t, s, v):
     """x_s = x_t + (s - t) v: from time t to time s, down or up. With s = t' this is Eq. 7."""
-    return x_t + times_like(s - t, x_t) * v
+    return x_t + per_sample(s - t, x_t) * v
 
 
 def shift_times(t, shift):
@@ -196,7 +196,7 @@ def dmd_weight(d_real, x0_hat, floor=0.1):
 
 def pseudo_target_loss(x0_hat, delta, w):
     """|| x0_hat - sg[x0_hat + w delta] ||^2. x0_hat: (B, ...) with gradient; w: (B,)."""
-    target = x0_hat + times_like(w, delta) * delta
+    target = x0_hat + per_sample(w, delta) * delta
     return F.mse_loss(x0_hat, target.detach())
 
 
@@ -339,11 +339,11 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
 class Learner:
     """A network in training: AdamW, linear warm-up, gradient clipping.
 
-    role: the network as a model(x_t, t, cond) -> v; groups: [(parameters by name, learning rate)].
+    groups: [(parameters by name, learning rate)], of the model.
     """
 
-    def __init__(self, role, groups, cfg):
-        self.role = role
+    def __init__(self, model, groups, cfg):
+        self.model = model
         self.cfg = cfg
         self.updates = 0
         self.params = {name: p for params, _ in groups for name, p in params.items()}
@@ -366,8 +366,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = warm * group["base_lr"]
         self.optimizer.step()
-        # Freed, not zeroed: student and fake score never hold gradients at the same time.
-        self.optimizer.zero_grad(set_to_none=True)
+        # This frees them: student and fake score never hold gradients at the same time.
+        self.optimizer.zero_grad()
         return norm
 
 
@@ -394,23 +394,23 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
             stats[name] = stats.get(name, 0) + scale * value.detach()
 
     def student_estimate(x_t, t, cond):  # D_theta
-        return clean_estimate(x_t, t, student.role(x_t, t, cond))
+        return clean_estimate(x_t, t, student.model(x_t, t, cond))
 
     def fake_score_for(made_at):
-        """The fake score. NOT IN THE PAPER: if anchor-aware, it knows when x0_hat was made."""
+        """The fake score. NOT IN THE PAPER: an anchor-aware one is told when x0 was made."""
         if cfg.anchor_aware_fake:
-            return partial(fake_score.role, made_at=made_at)
-        return fake_score.role
+            return partial(fake_score.model, made_at=made_at)
+        return fake_score.model
 
     points = []
     for cond, _, d in batches:
         # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
-        anchor = backward_simulation(student.role, d.noise["start"], d.schedule, d.index, cond)
+        anchor = backward_simulation(student.model, d.noise["start"], d.schedule, d.index, cond)
         if torch.distributed.is_initialized():
             # FSDP gathers weights in every call: all processes must make the same number of calls.
             for _ in range(int(d.index.max()) + 1, len(d.schedule)):
                 with torch.no_grad():
-                    student.role(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
+                    student.model(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
 
         # Eq. 1 with the recorded velocity: the clean estimate needs no further evaluation.
         x0 = clean_estimate(anchor.x_t, anchor.t, anchor.v)
@@ -500,7 +500,7 @@ def explained(what, advice):
     """Turn every failure inside into one sentence: what failed, the reason, and advice."""
     try:
         yield
-    except (Mistake, torch.OutOfMemoryError):
+    except (Mistake, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -522,7 +522,7 @@ class AnchorTime(torch.nn.Module):
         return self.linear(torch.cat([angle.sin(), angle.cos()], 1))
 
 
-class Role:
+class Model:
     """A family's transformer as a model(x_t, t, cond) -> v. Latents: (B, C, h, w), float32."""
 
     def __init__(self, transformer, family):
@@ -534,10 +534,11 @@ class Role:
         bf16 = self.family.dtype == torch.bfloat16
         # No autocast cache: it would keep a bf16 copy of every float32 weight that trains.
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            if made_at is not None:  # added to the last condition, to all its tokens alike
-                shown = self.anchor_time(made_at).to(cond[-1].dtype)
-                shown = shown.reshape(len(shown), *[1] * (cond[-1].ndim - 2), -1)
-                cond = (*cond[:-1], cond[-1] + shown)
+            if made_at is not None:  # added to the last part of cond, to all its tokens alike
+                *rest, last = cond
+                embedded = self.anchor_time(made_at).to(last.dtype)
+                embedded = embedded.reshape(len(last), *[1] * (last.ndim - 2), -1)
+                cond = (*rest, last + embedded)
             return self.family.velocity(self.transformer, x_t, t, cond).float()
 
     def parameters(self):
@@ -569,9 +570,9 @@ class Family:
         weights = getattr(torch, args.weights)  # of the transformer; all else is bf16 on a GPU
         self.dtype = torch.bfloat16 if device.type == "cuda" else weights
         variant = None
-        files = [file.name.split(".") for file in Path(folder, "transformer").glob("*.safetensors")]
-        if files and all(len(parts) == 3 for parts in files):  # only such as model.fp16.safetensors
-            variant = files[0][1].split("-")[0]
+        stems = [file.stem for file in Path(folder, "transformer").glob("*.safetensors")]
+        if stems and all("." in stem for stem in stems):  # only such as model.fp16.safetensors
+            variant = stems[0].split(".")[1].split("-")[0]
         self.transformer = self.load_transformer(folder, variant, weights, args, student)
         self.pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=self.dtype, variant=variant, transformer=self.transformer, **absent
@@ -582,13 +583,17 @@ class Family:
             if isinstance(part, torch.nn.Module):
                 self.check_weights(part)
                 part.requires_grad_(False).eval()
+                if hasattr(part, "lm_head"):  # LongCat-Image's: nobody needs its logits
+                    part.lm_head = torch.nn.Identity()
                 if args.offload_text_encoders and is_encoder:
                     part.register_forward_pre_hook(self.to_device)
                     part.register_forward_hook(self.to_cpu)
                 else:
                     part.to(device)
                 if is_encoder:
-                    self.check_encoder(key, folder)
+                    tokenizer = key.replace("text_encoder", "tokenizer")
+                    self.tokenizers[tokenizer] = self.pipe.components[tokenizer]
+                    self.check_encoder(key, tokenizer, folder)
 
         pixels = self.pipe.vae_scale_factor  # of a latent's side
         self.resolution = args.resolution or self.pipe.default_sample_size * pixels
@@ -630,15 +635,14 @@ class Family:
         require(not missing, f"the files of {kind} lack {missing}: copy them again.")
 
     @torch.no_grad()
-    def check_encoder(self, key, folder):
-        """Two prompts must differ to it. Without a vocabulary in its tokenizer they do not."""
-        name = key.replace("text_encoder", "tokenizer")
-        sentence = f"the files of {name} or {key} in {self.name} are not complete: copy them again."
-        require(Path(folder, name, "tokenizer_config.json").exists(), sentence)
-        self.tokenizers[name] = self.pipe.components[name]
+    def check_encoder(self, encoder, tokenizer, folder):
+        """Raise Mistake if two prompts are the same to it, as they are without a vocabulary."""
+        files = f"the files of {tokenizer} or {encoder} in {self.name}"
+        sentence = f"{files} are not complete: copy them again."
+        require(Path(folder, tokenizer, "tokenizer_config.json").exists(), sentence)
         options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizers[name](["red fox", "big cat"], **options).input_ids
-        fox, cat = self.pipe.components[key](tokens.to(self.device))[0]
+        tokens = self.tokenizers[tokenizer](["red fox", "big cat"], **options).input_ids
+        fox, cat = self.pipe.components[encoder](tokens.to(self.device))[0]
         require(not torch.equal(fox, cat), sentence)
 
     def time_shift(self):
@@ -782,12 +786,13 @@ class LongCatImage(Family):
         (text,) = cond
         tokens = F.pixel_unshuffle(x_t, 2)  # (B, 4 C, h / 2, w / 2)
         place = text.shape[1] + torch.arange(tokens.shape[-1], device=x_t.device)  # after the text
+        image_ids = torch.cartesian_prod(torch.ones_like(place[:1]), place, place)
         v = net(
             hidden_states=tokens.flatten(2).mT,
             timestep=t,  # the network multiplies by 1000
             encoder_hidden_states=text,
             txt_ids=self.text_ids,  # (512, 3): 0, i, i
-            img_ids=torch.cartesian_prod(torch.ones_like(place[:1]), place, place),
+            img_ids=image_ids,  # (h / 2 x w / 2, 3): 1, row, column
             return_dict=False,
         )[0]
         return F.pixel_shuffle(v.mT.reshape(tokens.shape), 2)
@@ -838,12 +843,13 @@ def load_family(args, device, student=None):
         folder = name
         if is_hub_id:  # from the cache alone if the hub cannot be reached
             folder = diffusers.DiffusionPipeline.download(name, **absent)
-        for part, library in index.items():
-            if part.startswith(("text_encoder", "tokenizer")) and library == [None, None]:
-                absent[part] = None  # saved without this part
-            needed = isinstance(library, list) and library[0] and part not in absent
-            there = not needed or Path(folder, part).is_dir()
-            require(there, f"--teacher {name} lacks the folder {part}/: copy it, too.")
+        parts = {part: value for part, value in index.items() if isinstance(value, list)}
+        for part, (library, _) in parts.items():
+            if library and part not in absent:
+                sentence = f"--teacher {name} lacks the folder {part}/: copy it, too."
+                require(Path(folder, part).is_dir(), sentence)
+            if not library and part.startswith(("text_encoder", "tokenizer")):
+                absent[part] = None  # it was saved without this part
         return family(name, folder, absent, args, device, student)
 
 
@@ -962,8 +968,8 @@ def check(args):
         one_process = int(os.environ.get("WORLD_SIZE") or 1) == 1
         fits = one_process and not args.lora_rank and not args.generate
         require(fits, "leave out --offload-ema: it is for full fine-tuning on one GPU.")
-    drawing = args.generate or not (args.student or args.times)
-    require(drawing, "--student and --times go with --generate PROMPT.")
+    if args.student or args.times:
+        require(args.generate, "--student and --times go with --generate PROMPT.")
     cuda = torch.cuda.is_available()
     require(cuda or args.device != "cuda", "there is no CUDA device: use --device cpu.")
     if args.device == "auto":
@@ -1023,14 +1029,23 @@ def draw_grid(rows, path):
     grid.save(path, "PNG")
 
 
+@contextlib.contextmanager
+def own_errors():
+    """dcp wraps what goes wrong inside, even Ctrl-C, in one exception. Raise it unwrapped."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
 class Run:
     """One training run: its four networks, the prompts, and the files in --output-dir.
 
     A resumed run is exactly the run that never stopped: save() writes every tensor that training
     changes, and all else is a function of the settings and of k, the iterations done, because every
     random draw is seeded with (seed, k). settings() holds what must agree. On a CPU with the same
-    number of threads the result is the same bit for bit. GPUs and other numbers of processes sum in
-    another order, and agree to rounding.
+    number of threads the result is the same bit for bit. GPUs of one model and other numbers of
+    processes sum in another order, and agree to rounding.
     """
 
     def __init__(self, args, device, rank=0, world=1):
@@ -1061,13 +1076,17 @@ class Run:
         self.rehearse()
 
     def full_networks(self):
-        """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own."""
+        """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own.
+
+        What requires gradients is what Model.parameters() returns: the EMA's, too.
+        """
         teacher = self.family.transformer
-        home = "cpu" if self.args.offload_ema else self.device
-        # The EMA is float32. In bf16 its small steps would round away.
-        yield copy.deepcopy(teacher).requires_grad_(True).float().to(home)
-        yield copy.deepcopy(teacher).requires_grad_(True)
-        yield copy.deepcopy(teacher).requires_grad_(True)
+        ema = copy.deepcopy(teacher).requires_grad_(True).float()  # in bf16 small steps round away
+        yield ema.to("cpu" if self.args.offload_ema else self.device)
+        fake_score = copy.deepcopy(teacher).requires_grad_(True)
+        yield fake_score
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        yield student
         # Parameters only: rounded position embeddings would make another teacher than the student.
         for p in teacher.parameters():
             p.data = p.data.to(self.family.dtype)
@@ -1092,21 +1111,22 @@ class Run:
         yield teacher
 
     def build(self):
-        """Make the roles of the four networks, and Learners of the two that are trained."""
+        """Make models of the four networks, and Learners of the two that are trained."""
         args = self.args
         networks = self.full_networks()
         if args.lora_rank:
             networks = self.lora_networks()
-        roles = []
+        if args.compile:  # a block is compiled anew for each network, batch size, and gradients
+            torch._dynamo.config.recompile_limit = 64
+        models = []
         for net in networks:  # each is sharded before the next is made
             if args.compile:
-                torch._dynamo.config.recompile_limit = 64  # roles, gradients and batch sizes differ
                 for block in blocks(net):
                     block.compile()
             if self.world > 1:
                 shard(net, blocks(net), self.device)
-            roles.append(Role(net, self.family))
-        ema, fake, student, teacher = roles
+            models.append(Model(net, self.family))
+        ema, fake, student, teacher = models
         if args.gradient_checkpointing:
             student.transformer.enable_gradient_checkpointing()
             fake.transformer.enable_gradient_checkpointing()
@@ -1121,7 +1141,7 @@ class Run:
         self.teacher = teacher
         self.fake_score = Learner(fake, groups, args)
         self.student = Learner(student, [(student.parameters(), args.student_lr)], args)
-        self.ema_role = ema
+        self.ema_model = ema
         self.ema = ema.parameters()
 
     def stop_soon(self, number, _):
@@ -1137,14 +1157,25 @@ class Run:
         self.stop = True
 
     def rehearse(self):
-        """Let the teacher draw, as the sample grids will. Raises Mistake if it fails."""
+        """Draw an image, as the sample grids will. Raises Mistake if it fails."""
         family = self.family
         advice = "leave out --compile" if self.args.compile else "check its files"
-        with explained(f"{family.name} cannot draw here", advice):
+        # With --offload-ema nothing needs more memory than the grids.
+        model = self.ema_model if self.args.sample_every else self.teacher
+        with explained(f"{family.name} cannot draw here", advice), self.on_device(model):
             noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
             times = uniform_times(2, family.shift)
-            images = family.images(self.teacher, [noise], times, family.encode(self.prompts[:1]))
+            images = family.images(model, [noise], times, family.encode(self.prompts[:1]))
             draw_grid([("rehearsal", images)], os.devnull)
+
+    @contextlib.contextmanager
+    def on_device(self, model):
+        """Inside, a model is on the device. --offload-ema keeps the EMA's on the CPU otherwise."""
+        if self.args.offload_ema:
+            model.transformer.to(self.device)
+        yield
+        if model is self.ema_model and self.args.offload_ema:
+            model.transformer.to("cpu")
 
     def micro_batches(self, k):
         """Iteration k's (cond, uncond, Draw) for this rank, in micro-batches."""
@@ -1249,8 +1280,6 @@ class Run:
         gens = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
         noise = [torch.randn(1, *family.shape, generator=gen) for gen in gens]
         cond = family.encode(prompts)
-        if args.offload_ema:
-            self.ema_role.transformer.to(self.device)
 
         def row(label, model, steps):
             return label, family.images(model, noise, uniform_times(steps, family.shift), cond)
@@ -1258,11 +1287,10 @@ class Run:
         scale = 1 + args.alpha if args.ca_weight else 1
         guided = family.guided(self.teacher, scale)
         rows = [row(f"teacher, 28 steps, guidance {scale:g}", guided, 28)]
-        for n in args.sample_steps:
-            rows.append(row(f"teacher, steps: {n}", self.teacher, n))
-            rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_role, n))
-        if args.offload_ema:
-            self.ema_role.transformer.to("cpu")
+        with self.on_device(self.ema_model):
+            for n in args.sample_steps:
+                rows.append(row(f"teacher, steps: {n}", self.teacher, n))
+                rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_model, n))
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
 
@@ -1329,7 +1357,8 @@ class Run:
         with self.replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
             for name, tensors in self.state().items():  # safetensors holds one file in memory
                 writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
-                dcp.save(tensors, storage_writer=writer)
+                with own_errors():
+                    dcp.save(tensors, storage_writer=writer)
             if self.rank == 0:
                 state["files"] = [str(p.relative_to(folder)) for p in folder.rglob("*.safetensors")]
                 (folder / "state.json").write_text(json.dumps(state, indent=1))
@@ -1344,9 +1373,9 @@ class Run:
             try:
                 self.load(folder)
                 return
-            except (Mistake, torch.OutOfMemoryError):
+            except (Mistake, torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
-            except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
+            except Exception as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
         if self.checkpoints():
             raise Mistake(f"--resume: no checkpoint in {self.folder} can be read.")
@@ -1373,7 +1402,8 @@ class Run:
         self.fake_score.updates = self.k
         self.student.updates = self.k // self.args.student_every
         for name, tensors in self.state().items():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / name))
+            with own_errors():
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / name))
 
     @torch.no_grad()
     def export(self, folder):
@@ -1394,7 +1424,7 @@ class Run:
                     layers[f"transformer.{name}"] = 2 * x if "lora_B" in name else x
                 save_file(layers, tmp / LORA_FILE, metadata={"format": "pt"})
             else:
-                net = self.student.role.transformer
+                net = self.student.model.transformer
                 with torch.device("meta"):  # no weights yet: all are assigned
                     model = type(net).from_config(net.config)
                 model.load_state_dict(weights | dict(net.named_buffers()), assign=True)
@@ -1420,13 +1450,13 @@ def generate(args, device):
     if (folder / "cdm.json").exists():
         trained = json.loads((folder / "cdm.json").read_text())
         args.resolution = args.resolution or trained["resolution"]
-        args.no_t5 = args.no_t5 or trained.get("no_t5", False)
+        args.no_t5 = args.no_t5 or trained["no_t5"]
     family = load_family(args, device, folder)
     family.say_what_is_cut(args.generate)
     schedules = [uniform_times(n, family.shift) for n in args.sample_steps]
     if args.times:
         schedules = [torch.tensor(args.times)]
-    model = Role(family.transformer, family)
+    model = Model(family.transformer, family)
     noise = torch.randn(1, *family.shape, generator=torch.Generator().manual_seed(args.seed))
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -1490,18 +1520,22 @@ def main(argv=None):
             train(args, device, rank, world)
         return 0
     except Mistake as mistake:
+        everyone = mistake.__context__ is not None  # of explained(): it may be this rank's alone
         sentence = str(mistake)
     except Timeout:
         sentence = f"another process trains in {args.output_dir}: wait, or stop it."
-    except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        everyone = True  # it may be this rank's alone
-        if isinstance(error, dcp.CheckpointException):
-            error = next(iter(error.failures.values()))[0]  # the first rank's own exception
+    except (OSError, SafetensorError) as error:
+        everyone = True
         sentence = f"{error}: check the path, its permissions and the space left on the disk."
     except torch.OutOfMemoryError:
         everyone = True
-        levers = "--micro-batch-size 1, --offload-text-encoders, --offload-ema, --lora-rank 64"
-        sentence = f"the GPU is out of memory: try {levers} or more GPUs."
+        levers = "--offload-text-encoders or --no-t5"
+        if not args.generate:
+            levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
+        sentence = f"the GPU is out of memory: try {levers}; README has what each needs."
+    except torch.AcceleratorError as error:
+        everyone = True
+        sentence = f"the GPU failed: {one_line(error)}: see nvidia-smi, is it used or broken?"
     except KeyboardInterrupt:
         print("cdm.py: stopped at once; what was saved before is kept.", file=sys.stderr)
         return 130

@@ -44,7 +44,7 @@ def test_bf16_roles_start_as_the_teacher(kind, like_a_gpu):
     types = {p.dtype for p in run.teacher.transformer.parameters()}
     assert (torch.bfloat16 in types) == (kind == "whole")
     v, *others = [
-        role(*inputs(run)) for role in (run.teacher, run.student.role, run.fake_score.role)
+        role(*inputs(run)) for role in (run.teacher, run.student.model, run.fake_score.model)
     ]
     assert all(torch.equal(v, other) for other in others)
 

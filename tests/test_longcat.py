@@ -141,7 +141,7 @@ def test_few_steps_equal_the_pipelines(steps, family):
     """uniform_times(steps, shift) draws what LongCatImagePipeline draws with the same times before
     their shift: latents to 1e-5, pictures byte for byte.
     """
-    model = cdm.Role(family.transformer, family)
+    model = cdm.Model(family.transformer, family)
     times = cdm.uniform_times(steps, family.shift)
     options = {"sigmas": cdm.uniform_times(steps).tolist(), "guidance_scale": 1.0}
     cond = family.encode([PROMPTS[3]])
@@ -159,7 +159,7 @@ def test_the_guided_teacher_equals_the_pipelines(family):
     """The sample grid's teacher, 28 steps under guidance, is the pipeline without CFG
     renormalisation, which no loss of CDM has.
     """
-    model = family.guided(cdm.Role(family.transformer, family), 4.0)
+    model = family.guided(cdm.Model(family.transformer, family), 4.0)
     times = cdm.uniform_times(28, family.shift)
     latents = cdm.sample(model, start(family), times, family.encode([PROMPTS[3]]))
     options = {"num_inference_steps": 28, "guidance_scale": 4.0}
@@ -213,9 +213,9 @@ def test_all_roles_start_as_the_teacher(kind, dtype, longcat, monkeypatch):
     assert {p.dtype for p in run.student.params.values()} == {torch.float32}
     x, t, cond = inputs(run)
     expected = run.teacher(x, t, cond)
-    assert torch.equal(run.student.role(x, t, cond), expected)
-    assert torch.equal(run.fake_score.role(x, t, cond), expected)
-    assert torch.equal(run.fake_score.role(x, t, cond, made_at=t.flip(0)), expected)
+    assert torch.equal(run.student.model(x, t, cond), expected)
+    assert torch.equal(run.fake_score.model(x, t, cond), expected)
+    assert torch.equal(run.fake_score.model(x, t, cond, made_at=t.flip(0)), expected)
 
 
 def test_resume_bit_for_bit(trained, tmp_path):
@@ -272,7 +272,7 @@ def test_the_exported_student_draws_what_the_run_draws(trained, family, tmp_path
     few = cdm.uniform_times(4, family.shift)
     prompt = run.prompts[0]
     cond = family.encode([prompt])
-    (expected,) = family.images(run.ema_role, [start(family)], few, cond)
+    (expected,) = family.images(run.ema_model, [start(family)], few, cond)
     assert readme_picture(folder).tobytes() == expected.tobytes()
     out = ["--output-dir", tmp_path, "--device", "cpu"]
     assert cdm_main(*flags[:4], "--student", folder, "--generate", prompt, *out) == 0

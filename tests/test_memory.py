@@ -50,14 +50,14 @@ def held(*roots):
             todo += [*x.keys(), *x.values()]
         elif isinstance(x, (list, tuple, set)):
             todo += x
-        elif isinstance(x, (torch.nn.Module, torch.optim.Optimizer, cdm.Role, cdm.Learner)):
+        elif isinstance(x, (torch.nn.Module, torch.optim.Optimizer, cdm.Model, cdm.Learner)):
             todo += vars(x).values()
     storages.pop(0, None)  # tensors without entries
     return sum(storages.values())
 
 
 def state(run):
-    return held(run.teacher, run.student, run.fake_score, run.ema_role)
+    return held(run.teacher, run.student, run.fake_score, run.ema_model)
 
 
 def check(run, terms):
@@ -69,7 +69,7 @@ def check(run, terms):
     x_t = torch.randn(2, *run.family.shape)
     cond = run.family.encode(["", ""])
     for learner in (run.fake_score, run.student):
-        learner.role(x_t, torch.rand(2), cond).square().mean().backward()
+        learner.model(x_t, torch.rand(2), cond).square().mean().backward()
         assert all(p.grad is not None for p in learner.params.values())
         assert state(run) == always + gradients
         learner.step()

@@ -90,7 +90,7 @@ def test_latents_equal_the_pipelines(times, sigmas, student):
     """The same before decoding, where no rounding to 256 levels hides a difference: to 1e-5."""
     sd3 = load_family()
     noise = torch.randn(1, *sd3.shape, generator=torch.Generator().manual_seed(0))
-    model = cdm.Role(student.transformer, sd3)
+    model = cdm.Model(student.transformer, sd3)
     latent = cdm.sample(model, noise, times, sd3.encode([PROMPTS[3]]))
     expected = pipeline_images(student, PROMPTS[3], sigmas, output_type="latent")
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-5)
@@ -121,7 +121,7 @@ def ema(trained):
     times = cdm.uniform_times(4, run.family.shift)
     pictures = []
     for prompt in PROMPTS:  # one by one: in a batch an encoder's last bits may differ
-        (image,) = run.family.images(run.ema_role, [noise], times, run.family.encode([prompt]))
+        (image,) = run.family.images(run.ema_model, [noise], times, run.family.encode([prompt]))
         pictures.append(image.tobytes())
     return pictures
 
@@ -191,13 +191,13 @@ def test_students_readme_survives_any_prompt(tmp_path):
 
 @torch.no_grad()
 def test_role_is_the_transformer_at_a_thousand_t(pipe):
-    """Role(net, family)(x, t, cond) is net(x, timestep=1000 t, ...): t = 0.75 is timestep 750."""
+    """Model(net, family)(x, t, cond) is net(x, timestep=1000 t, ...): t = 0.75 is timestep 750."""
     sd3 = load_family()
     x = torch.randn(4, *sd3.shape)
     embeds, pooled = sd3.encode(PROMPTS[:4])
     t = torch.tensor([1.0, 0.75, 0.3, 0.02])
     v = pipe.transformer(x, embeds, pooled, timestep=1000 * t).sample
-    assert torch.equal(cdm.Role(sd3.transformer, sd3)(x, t, (embeds, pooled)), v)
+    assert torch.equal(cdm.Model(sd3.transformer, sd3)(x, t, (embeds, pooled)), v)
 
 
 def pipeline_conditions(pipe, prompt):
@@ -246,11 +246,11 @@ def test_all_roles_start_as_the_teacher(flags, pipe, tmp_path):
     """Student and fake score give the teacher's output to the last bit, whatever their anchor."""
     run = build("--output-dir", tmp_path / "none", *flags.split())
     x, t, cond = inputs(run)
-    expected = cdm.Role(pipe.transformer, run.family)(x, t, cond)
-    for role in (run.teacher, run.student.role, run.fake_score.role, run.teacher):
+    expected = cdm.Model(pipe.transformer, run.family)(x, t, cond)
+    for role in (run.teacher, run.student.model, run.fake_score.model, run.teacher):
         assert torch.equal(role(x, t, cond), expected)
     if "--anchor-aware-fake" in flags:
-        assert torch.equal(run.fake_score.role(x, t, cond, made_at=t.flip(0)), expected)
+        assert torch.equal(run.fake_score.model(x, t, cond, made_at=t.flip(0)), expected)
 
 
 def test_building_a_run_writes_nothing(tmp_path):
@@ -267,7 +267,7 @@ def test_the_anchor_aware_fake_score_learns_to_use_its_anchor(tmp_path):
     with torch.enable_grad():
         run.train()
     x, t, cond = inputs(run)
-    near, far = (run.fake_score.role(x, t, cond, torch.full((4,), a)) for a in (0.5, 1.0))
+    near, far = (run.fake_score.model(x, t, cond, torch.full((4,), a)) for a in (0.5, 1.0))
     assert not torch.equal(near, far)
     student = load_file(tmp_path / "out/student/diffusion_pytorch_model.safetensors")
     assert not any("anchor" in name for name in student)
@@ -276,10 +276,10 @@ def test_the_anchor_aware_fake_score_learns_to_use_its_anchor(tmp_path):
 def student_gradients(run, others_in_between):
     """The student's gradients by name, if asked with teacher and fake score run before backward."""
     x, t, cond = inputs(run)
-    v = run.student.role(x, t, cond)
+    v = run.student.model(x, t, cond)
     if others_in_between:
         with torch.no_grad():
-            for role in (run.teacher, run.fake_score.role, run.teacher):
+            for role in (run.teacher, run.fake_score.model, run.teacher):
                 role(x, t, cond)
     v.square().mean().backward()
     assert all(p.grad is None for p in run.fake_score.params.values())
@@ -293,7 +293,7 @@ def gradients_and_calls(trained, flag):
     folder, flags = trained
     run = build("--output-dir", folder, "--resume", flag, *flags)
     calls = []
-    block = run.student.role.transformer.transformer_blocks[0]
+    block = run.student.model.transformer.transformer_blocks[0]
     block.register_forward_pre_hook(lambda *_: calls.append(1))
     alone = student_gradients(run, others_in_between=False)
     n = len(calls)
@@ -329,9 +329,9 @@ def test_lora_leaves_the_base_alone(lora, pipe):
     run = build("--output-dir", lora, "--resume", "--lora-rank", 4)
     x, t, cond = inputs(run)
     student, fake, teacher = (
-        role(x, t, cond) for role in (run.student.role, run.fake_score.role, run.teacher)
+        role(x, t, cond) for role in (run.student.model, run.fake_score.model, run.teacher)
     )
-    assert torch.equal(teacher, cdm.Role(pipe.transformer, run.family)(x, t, cond))
+    assert torch.equal(teacher, cdm.Model(pipe.transformer, run.family)(x, t, cond))
     assert not torch.equal(student, teacher)
     assert not torch.equal(fake, teacher)
     assert not torch.equal(student, fake)
@@ -347,7 +347,7 @@ def test_lora_checkpoints_hold_adapters_alone(file, lora):
 def test_lora_trains_with_the_authors_scale():
     """Rank 4 trains with alpha 8."""
     run = build("--lora-rank", 4)
-    configs = run.student.role.transformer.peft_config.values()
+    configs = run.student.model.transformer.peft_config.values()
     assert {(config.r, config.lora_alpha) for config in configs} == {(4, 8)}
 
 

@@ -203,7 +203,7 @@ def test_vae_without_a_shift(teacher):
         edit(teacher / "vae" / "config.json", shift_factor=shift)
         family = load_family("--teacher", teacher)
         noise = torch.zeros(1, *family.shape)
-        model = cdm.Role(family.transformer, family)
+        model = cdm.Model(family.transformer, family)
         pictures += family.images(model, [noise], torch.ones(1), family.encode(PROMPTS[:1]))
     assert pictures[0].tobytes() == pictures[1].tobytes()
 

@@ -69,7 +69,7 @@ def test_lora_adapters_stay_float32():
     assert {p.dtype for p in run.student.params.values()} == {torch.float32}
     frozen = run.teacher.transformer.transformer_blocks[0].attn.to_q.weight
     assert frozen.dtype == torch.bfloat16
-    for role in (run.student.role, run.fake_score.role, run.ema_role):
+    for role in (run.student.model, run.fake_score.model, run.ema_model):
         assert role.transformer.transformer_blocks[0].attn.to_q.base_layer.weight is frozen
 
 

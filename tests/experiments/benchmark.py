@@ -118,15 +118,15 @@ def released_iteration(k, batches, teacher, student, fake_score, ema, cfg):
     Backward simulation goes to the end, and each loss has a student evaluation of its own.
     """
     scale = 1 / len(batches)
-    fake = fake_score.role
+    fake = fake_score.model
 
     def student_estimate(x_t, t, cond):
-        return cdm.clean_estimate(x_t, t, student.role(x_t, t, cond))
+        return cdm.clean_estimate(x_t, t, student.model(x_t, t, cond))
 
     anchors = []
     for cond, _, d in batches:
         start = d.noise["start"]
-        anchors.append(released_simulation(student.role, start, d.schedule, d.index, cond))
+        anchors.append(released_simulation(student.model, start, d.schedule, d.index, cond))
     for (cond, _, d), anchor in zip(batches, anchors, strict=True):
         x0 = cdm.clean_estimate(anchor.x_t, anchor.t, anchor.v)
         loss = cdm.fake_score_loss(fake, x0, cond, d.tau["fake"], d.noise["fake"])
@@ -246,7 +246,8 @@ ENCODERS = {  # parameters of SD3-Medium's frozen parts
     "T5-XXL encoder": 4_762_310_656,
     "VAE": 83_819_683,
 }
-LONGCAT_ENCODERS = {"Qwen2.5-VL": 8.3e9, "VAE": 83_819_683}  # the first as others report it
+# Qwen2.5-VL as others report it, without the layer that computes logits, which cdm.py leaves out.
+LONGCAT_ENCODERS = {"Qwen2.5-VL": 8.3e9 - 152_064 * 3_584, "VAE": 83_819_683}
 ENCODERS_TERM = "text encoders and VAE, bf16"
 POSITIONS_TERM = "position embeddings of all networks"
 CAST_TERM = "weights of the block in work, bf16"
@@ -329,8 +330,8 @@ class Meter:
         self.stages = {}
         self.names = {
             run.teacher: "teacher",
-            run.student.role: "student",
-            run.fake_score.role: "fake_score",
+            run.student.model: "student",
+            run.fake_score.model: "fake_score",
         }
         self.restart()
 
@@ -360,8 +361,8 @@ class Meter:
 
     @contextlib.contextmanager
     def watch(self):
-        """Within it, functions at the stages' borders take laps, and a Role's calls are counted."""
-        call = cdm.Role.__call__
+        """Within it, functions at the stages' borders take laps, and Models' calls are counted."""
+        call = cdm.Model.__call__
         average = cdm.average_into
 
         def counted(role, x_t, *rest, **more):
@@ -389,7 +390,7 @@ class Meter:
 
         here = sys.modules[__name__]
         with (
-            patch.object(cdm.Role, "__call__", counted),
+            patch.object(cdm.Model, "__call__", counted),
             patch.object(cdm, "average_into", averaged),
             patch.object(cdm, "backward_simulation", simulated(cdm.backward_simulation)),
             patch.object(here, "released_simulation", simulated(released_simulation)),
@@ -415,7 +416,7 @@ def check_anchors(run):
     limit = 0.5 if run.family.dtype == torch.bfloat16 else 1e-4
     worst = 0
     for cond, _, d in run.micro_batches(1):
-        inputs = (run.student.role, d.noise["start"], d.schedule, d.index, cond)
+        inputs = (run.student.model, d.noise["start"], d.schedule, d.index, cond)
         a = cdm.backward_simulation(*inputs)
         b = released_simulation(*inputs)
         for name in ("x_t", "t", "v"):
@@ -550,7 +551,7 @@ def count_flops(run, shape):
     """
     aten = torch.ops.aten
     cond, _, d = micro_batch(run, 1, shape)
-    student = run.student.role
+    student = run.student.model
 
     def attention(q, k, v, *_, **__):
         return sdpa_flop_count(q, k, v)
