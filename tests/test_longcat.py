@@ -132,6 +132,14 @@ def pipeline_draws(family, output_type, **options):
     return family.pipe._unpack_latents(found[None], side, side, family.pipe.vae_scale_factor)
 
 
+@torch.no_grad()
+def test_the_text_encoder_computes_no_logits(family):
+    """They would be 152,064 numbers a token, and nobody reads them."""
+    encoder = family.pipe.text_encoder
+    output = encoder(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert torch.equal(output.logits, output.hidden_states[-1])
+
+
 # --- Sampling. ---
 
 
