@@ -249,7 +249,7 @@ class AnchorAware:
 
 @dataclass
 class CDM(AnchorAware):
-    """The method. Defaults are the authors' for SD3-Medium; their rates assume bf16 weights."""
+    """The method. Defaults are the authors' for SD3-Medium, by our reading for bf16 weights."""
 
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
     dm_weight: float = 1.0  # weight of L_DM, distribution matching
