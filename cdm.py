@@ -67,7 +67,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -605,6 +605,9 @@ class Family:
         self.shape = (self.pipe.vae.config.latent_channels, side, side)
         self.time_scale = self.pipe.scheduler.config.num_train_timesteps
         self.shift = self.time_shift()
+        # Tells teachers apart, wherever their files lie.
+        size = sum(p.abs().sum(dtype=torch.float64) for p in self.transformer.parameters())
+        self.identity = f"of weights that sum to {size:.8g}, of shift {self.shift:g}"
         self.empty = self.encode([""])
 
     def load_transformer(self, folder, variant, weights, args, student):
@@ -629,10 +632,11 @@ class Family:
         return net
 
     def check_weights(self, part):
-        """diffusers and transformers leave a weight that is in no file without values."""
-        missing = ", ".join(key for key, x in part.state_dict().items() if x.is_meta)
-        kind = type(part).__name__
-        require(not missing, f"the files of {kind} lack {missing}: copy them again.")
+        """Raise Mistake unless every weight has values, which one that is in no file lacks."""
+        weights = part.state_dict().items()
+        bad = [name for name, x in weights if x.is_meta or not x.isfinite().all()]
+        what = f"of {type(part).__name__}, {one_line(', '.join(bad))} are missing or not finite"
+        require(not bad, f"--teacher {self.name}: {what}: copy its files again.")
 
     @torch.no_grad()
     def check_encoder(self, encoder, tokenizer, folder):
@@ -704,10 +708,11 @@ class Family:
         images = []
         for i, z in enumerate(noise):
             x0 = sample(model, z.to(self.device), times, take(cond, slice(i, i + 1)))
-            sentence = f"{self.name}, or a student of it, draws images that are not finite"
-            require(x0.isfinite().all(), f"{sentence}: check its files.")
             latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
             pixels = vae.decode(latents.to(vae.dtype)).sample.float()
+            sentence = f"{self.name}, or a student of it, draws images that are not finite"
+            advice = "check its files, or train with lower learning rates"
+            require(pixels.isfinite().all(), f"{sentence}: {advice}.")
             images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
         return images
 
@@ -936,6 +941,8 @@ def parse_args(argv=None):
             text = comments[name] + (f" (default: {default})" if default else "")
             flag = "--" + name.replace("_", "-")
             section.add_argument(flag, default=default, help=text, **options)
+    with explained("the command line cannot be read", "give UTF-8 text"):
+        " ".join(sys.argv if argv is None else argv).encode()
     args = Settings(**vars(parser.parse_args(argv)))
     args.output_dir = args.output_dir or ("runs/images" if args.generate else "runs/cdm")
     args.prompts = args.prompts or str(ASSETS / "prompts.txt")
@@ -952,7 +959,7 @@ def check(args):
         if type(value) in (int, float):
             low = 1 if name in at_least_1 else 0
             flag = "--" + name.replace("_", "-")
-            require(low <= value < math.inf, f"{flag} is {value}: give {low} or more.")
+            require(low <= value <= 1e18, f"{flag} is {value}: give {low} to 1e18.")
     weights = args.ca_weight + args.dm_weight + args.cdm_weight
     require(weights > 0, "--ca-weight, --dm-weight and --cdm-weight are all 0: give one a weight.")
     require(args.clip > 0, "--clip is 0: give a positive limit.")
@@ -985,7 +992,8 @@ def read_prompts(path):
     with explained(f"--prompts {path} cannot be read", "give UTF-8 text"):
         text = path.read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
     prompts = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
-    plain = prompts and "\0" not in text and not prompts[0].startswith(("{", "["))
+    other = ("{", "[", "<", "version https://git-lfs")  # JSON, HTML, a file that is elsewhere
+    plain = prompts and "\0" not in text and not prompts[0].startswith(other)
     require(plain, f"--prompts {path} holds no prompt that is plain text: give one prompt a line.")
     return prompts
 
@@ -1061,7 +1069,8 @@ class Run:
         used = any(path.name != "lock" for path in self.folder.glob("*"))
         advice = "add --resume to continue its run, or choose another"
         require(args.resume or not used, f"--output-dir {self.folder} is not empty: {advice}.")
-        require(self.log_file.exists() or not args.resume, f"--resume: no run is in {self.folder}.")
+        begun = self.log_file.exists() or self.checkpoints()
+        require(begun or not args.resume, f"--resume: no run is in {self.folder}.")
         args.batch_size = args.batch_size or 16 * world
         least = world * (args.micro_batch_size or 1)
         rule = f"must be a multiple of {least}: processes times --micro-batch-size"
@@ -1268,7 +1277,10 @@ class Run:
         *numbers, stop = (values / self.world).tolist()  # waits for the GPU
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        advice = "--resume or start again with lower learning rates, --student-lr and --fake-lr"
+        advice = "start again with lower learning rates, --student-lr and --fake-lr"
+        if self.checkpoints():
+            newest = self.checkpoints()[-1].name
+            advice = f"--resume (if that fails, without {newest}) or {advice}"
         require(not bad, f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
@@ -1299,9 +1311,8 @@ class Run:
         names = [f.name for f in fields(CDM)]
         names += "batch_size micro_batch_size seed lora_rank weights no_t5 device".split()
         flags = {"--" + name.replace("_", "-"): getattr(self.args, name) for name in names}
-        teacher = self.family.name
         return flags | {
-            "--teacher": os.path.realpath(teacher) if os.path.isdir(teacher) else teacher,
+            "--teacher": self.family.identity,
             "--prompts": f"of checksum {zlib.crc32(repr(self.prompts).encode())}",
             "--resolution": self.family.resolution,
             "processes": self.world,
@@ -1354,7 +1365,8 @@ class Run:
             "command": sys.argv,
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
-        with self.replacing(self.folder / f"checkpoint_{self.k:06d}") as folder:
+        path = self.folder / f"checkpoint_{self.k:06d}"
+        with self.replacing(path) as folder:
             for name, tensors in self.state().items():  # safetensors holds one file in memory
                 writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
                 with own_errors():
@@ -1364,7 +1376,8 @@ class Run:
                 (folder / "state.json").write_text(json.dumps(state, indent=1))
                 shutil.copy(self.log_file, folder)
         if self.rank == 0:
-            for old in self.checkpoints()[:-2]:
+            found = self.checkpoints()
+            for old in found[: max(found.index(path) - 1, 0)]:  # newer ones are damaged
                 shutil.rmtree(old)
 
     def resume(self):
@@ -1377,8 +1390,8 @@ class Run:
                 raise
             except Exception as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
-        if self.checkpoints():
-            raise Mistake(f"--resume: no checkpoint in {self.folder} can be read.")
+        lost = self.checkpoints() or (self.folder / "student").exists()
+        require(not lost, f"--resume: no checkpoint in {self.folder} can be read.")
 
     def load(self, folder):
         """Fill every tensor from a checkpoint. Raises Mistake if other settings made it."""
@@ -1394,7 +1407,7 @@ class Run:
                 if self.rank == 0:
                     print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
         for name in saved["files"]:  # torch would not notice that the last shard is gone
-            (folder / name).stat()
+            safe_open(folder / name, "pt")
         self.log = (folder / self.log_file.name).read_text()
         self.k = saved["iteration"]
         enough = self.k <= self.args.iterations
@@ -1448,9 +1461,10 @@ def generate(args, device):
     advice = "give a run's folder, or a student's"
     require(args.student and found, f"--student {args.student!r} has no student: {advice}.")
     if (folder / "cdm.json").exists():
-        trained = json.loads((folder / "cdm.json").read_text())
-        args.resolution = args.resolution or trained["resolution"]
-        args.no_t5 = args.no_t5 or trained["no_t5"]
+        with explained(f"{folder}/cdm.json cannot be read", "export the student again"):
+            trained = json.loads((folder / "cdm.json").read_text())
+            args.resolution = args.resolution or int(trained["resolution"])
+            args.no_t5 = args.no_t5 or trained["no_t5"]
     family = load_family(args, device, folder)
     family.say_what_is_cut(args.generate)
     schedules = [uniform_times(n, family.shift) for n in args.sample_steps]
@@ -1474,7 +1488,8 @@ def train(args, device, rank, world):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with explained(f"{world} processes do not meet", "use torchrun, or unset WORLD_SIZE"):
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     lock = FileLock(Path(args.output_dir, "lock"))  # freed with this process, however it ends
     try:
         run = Run(args, device, rank, world)

@@ -78,12 +78,17 @@ WRONG = [
     ("--sample-steps 4 0", "--sample-steps"),
     ("--weights float16", "--weights"),
     ("--export-every -1", "--export-every"),
+    (f"--seed {2**70}", "--seed"),
+    ("--max-schedule-steps 99999999999999999999", "--max-schedule-steps"),
+    ("--student-lr 1e30", "--student-lr"),
+    ("--output-dir out\udce9", "UTF-8"),
+    ("--generate caf\udce9 --student .", "UTF-8"),
 ]
 
 
 @pytest.mark.parametrize("flags, word", WRONG, ids=[flags for flags, _ in WRONG])
 def test_wrong_flags(flags, word, tmp_path, monkeypatch, capfd):
-    """`python cdm.py --iterations 0` prints "cdm.py: --iterations is 0: give 1 or more."."""
+    """`python cdm.py --iterations 0` prints "cdm.py: --iterations is 0: give 1 to 1e18."."""
     monkeypatch.chdir(tmp_path)
     check_mistake(capfd, tmp_path, [*SMALL, "--output-dir", "out", *flags.split()], word)
 
@@ -206,6 +211,14 @@ def test_several_processes_offload_no_ema(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = [*SMALL, "--offload-ema", "--output-dir", tmp_path / "out"]
     check_mistake(capfd, tmp_path, flags, "--offload-ema", "one GPU")
+
+
+def test_one_of_two_processes_alone(monkeypatch, tmp_path, capfd):
+    """WORLD_SIZE=2, as some clusters set it, without the other variables of torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    flags = [*SMALL, "--output-dir", tmp_path / "out"]
+    check_mistake(capfd, tmp_path, flags, "torchrun", "WORLD_SIZE")
 
 
 # --- Teachers on the hub: huggingface_hub against a server on this machine. ---

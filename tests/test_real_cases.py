@@ -111,13 +111,26 @@ def test_a_teacher_with_a_file_cut_off(name, teacher, refuse_teacher):
     refuse_teacher("cannot be loaded")
 
 
-@pytest.mark.parametrize("name", ["transformer/diffusion_pytorch_model", "text_encoder/model"])
+NAN = ["transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
+NAN += ["text_encoder/model", "text_encoder_3/model"]
+
+
+@pytest.mark.parametrize("name", NAN)
 def test_a_teacher_with_nan(name, teacher, refuse_teacher):
-    """Its weights are named, not the learning rates."""
+    """One value is enough, also of a token that the first prompt lacks. No rate is blamed."""
     file = teacher / f"{name}.safetensors"
-    save_file({key: x * torch.nan for key, x in load_file(file).items()}, file, {"format": "pt"})
-    sentence = refuse_teacher("not finite")
+    weights = load_file(file)
+    bad = sorted(weights)[0]
+    weights[bad].view(-1)[-1] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    sentence = refuse_teacher("not finite", bad.split(".")[-2])
     assert "learning rate" not in sentence
+
+
+def test_a_vae_whose_config_makes_nan(teacher, refuse_teacher):
+    """The rehearsal looks at pixels, not at latents alone."""
+    edit(teacher / "vae" / "config.json", shift_factor=1e39)
+    refuse_teacher("not finite")
 
 
 def drop_a_weight(file):
@@ -290,6 +303,8 @@ NOT_PLAIN = {
     "p.jsonl": b'{"prompt": "a cat"}\n',
     "json.txt": b'{"prompts": ["a cat"]}\n',
     "list.txt": b'[\n"a cat",\n"a dog"\n]\n',
+    "html.txt": b"<!DOCTYPE html>\n<html>\n",
+    "pointer.txt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "utf-16.txt": "a cat\na dog\n".encode("utf-16-le"),
     "utf-16-be.txt": "a cat\na dog\n".encode("utf-16-be"),
     "utf-32.txt": "a cat\na dog\n".encode("utf-32-le"),

@@ -1,7 +1,8 @@
 """What people really do with runs and students: the cases of public reports.
 
 Teachers and prompts are in test_real_cases.py. Folders in use, other micro-batches, SIGTERM, full
-disks during a save and divergence are in test_run.py.
+disks during a save and divergence are in test_run.py. Damaged checkpoints, locks and values that
+are not finite are in test_checkpoints.py.
 """
 
 import fcntl
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from helpers import (
     LIVELY,
     LORA,
@@ -26,21 +26,16 @@ from helpers import (
     PROMPTS,
     ROOT,
     TEACHER,
-    build,
     cdm_main,
     check_mistake,
     check_sentence,
     checkpoints,
     files_limited_to,
-    finish,
     finished,
-    log,
     logged,
-    process,
     results,
     saying,
     shard,
-    snapshot,
     state,
     wait_for,
 )
@@ -51,17 +46,6 @@ from safetensors.torch import load_file, save_file
 import cdm
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture
-def run(lora, tmp_path):
-    """A copy of a LoRA run of six iterations, with checkpoints at 4 and 6."""
-    return Path(shutil.copytree(lora, tmp_path / "run"))
-
-
-def resumed(run):
-    """The flags that continue it."""
-    return [*LORA["lora"], "--output-dir", run, "--resume"]
 
 
 def draw(folder, student, *prompts, flags=()):
@@ -75,146 +59,6 @@ def picture(folder, student):
     """The only picture that --generate writes into a new folder."""
     (file,) = draw(folder, student, PROMPTS[0])
     return Image.open(file)
-
-
-# --- Checkpoints. ---
-
-
-def test_a_backup_of_a_checkpoint_is_left_alone(run):
-    """`cp -r checkpoint_000004 checkpoint_backup`: neither resumed from nor pruned."""
-    names = ["checkpoint_backup", "checkpoint_000004 (copy)", "checkpoint_000009_old"]
-    for name in names:
-        shutil.copytree(run / "checkpoint_000004", run / name)
-    before = [snapshot(run / name) for name in names]
-    assert cdm_main(*LIVELY, *resumed(run), "--iterations", 8) == 0
-    assert checkpoints(run) == sorted([*names, "checkpoint_000006", "checkpoint_000008"])
-    assert [snapshot(run / name) for name in names] == before
-
-
-def test_checkpoints_are_sorted_as_numbers(run):
-    """A million is newer than 999,999."""
-    (run / "checkpoint_000004").rename(run / "checkpoint_999999")
-    (run / "checkpoint_000006").rename(run / "checkpoint_1000000")
-    assert build(*resumed(run)).k == 6
-
-
-DAMAGE = [("state.json", "cut"), ("state.json", "gone")]
-DAMAGE += [(shard(name), "cut") for name in ("ema", "fake_score")]
-DAMAGE += [(shard("student_exp_avg"), "gone")]
-
-
-@pytest.mark.parametrize("name, how", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over(name, how, run, capfd):
-    """The one before is taken, and said."""
-    damage(run / "checkpoint_000006" / name, how)
-    assert build(*resumed(run)).k == 4
-    assert "checkpoint_000006 is damaged" in capfd.readouterr().out
-
-
-def test_a_shard_of_another_process_that_is_gone(run, capfd):
-    """torch would load what is there. state.json names all files."""
-    file = run / "checkpoint_000006" / "state.json"
-    saved = state(file.parent)
-    gone = shard("student", rank=2)
-    assert shard("student") in saved["files"]
-    file.write_text(json.dumps(saved | {"files": [*saved["files"], gone]}))
-    assert build(*resumed(run)).k == 4
-    assert gone in capfd.readouterr().out
-
-
-def damage(file, how):
-    """Cut a file off in the middle, or remove it."""
-    if how == "cut":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        file.unlink()
-
-
-def test_a_damaged_checkpoint_costs_no_bytes(run, lora):
-    """From the one before, the run ends as if nothing had happened."""
-    damage(run / "checkpoint_000006" / shard("student"), "cut")
-    assert cdm_main(*LIVELY, *resumed(run)) == 0
-    assert results(run) == results(lora)
-
-
-def test_no_checkpoint_can_be_read(run, capfd):
-    """Then the run is not begun anew over what is left."""
-    for name in checkpoints(run):
-        damage(run / name / "state.json", "cut")
-    before = snapshot(run)
-    sentence = saying(capfd, 2, *resumed(run))
-    check_sentence("", sentence + "\n", "--resume", str(run))
-    assert snapshot(run) == before
-
-
-LOG_DAMAGE = {"NUL": b"\0" * 40 + b"\n", "half": b'{"iteration": 6, "loss'}
-LOG_SURPRISES = {"garbage": b"\xff\xfe\x00\n", "number": b"12\n", "empty": b"{}\n"}
-LOG_LINES = [pytest.param(line, id=name) for name, line in LOG_DAMAGE.items()]
-LOG_LINES += [pytest.param(x, id=name) for name, x in LOG_SURPRISES.items()]
-
-
-@pytest.mark.parametrize("line", LOG_LINES)
-def test_a_damaged_line_of_the_log_is_dropped(line, run, lora, capfd):
-    """What a power cut left in log.jsonl does not stop --resume: the log is the checkpoint's."""
-    with open(run / "log.jsonl", "ab") as file:
-        file.write(line)
-    assert cdm_main(*LIVELY, *resumed(run)) == 0
-    assert log(run) == log(lora)
-    assert "later lines of the log are dropped" in capfd.readouterr().out
-
-
-def test_other_threads_are_said(run, capfd):
-    """Sums in another order differ by rounding."""
-    file = run / "checkpoint_000006" / "state.json"
-    saved = state(file.parent)
-    saved["settings"]["threads"] = 7
-    file.write_text(json.dumps(saved))
-    build(*resumed(run))
-    assert "threads is 1, and was 7" in capfd.readouterr().out
-
-
-# --- Two runs in one folder. ---
-
-
-def test_a_second_run_in_the_folder_is_refused(run, capfd):
-    """While another process holds the lock, two `--resume` do not mix."""
-    flags = [*LIVELY, *resumed(run), "--iterations", 8]
-    with FileLock(run / "lock"):
-        check_mistake(capfd, run, flags, "another process", str(run))
-
-
-def test_a_killed_process_frees_its_lock(run):
-    """kill -9 leaves the lock's file, which locks nobody out."""
-    script = (
-        "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True)"
-    )
-    popen = process("-c", script + "; time.sleep(99)", run / "lock")
-    popen.stdout.readline()
-    popen.kill()
-    finish(popen)
-    shutil.rmtree(run / "student")
-    assert cdm_main(*LIVELY, *resumed(run)) == 0
-
-
-# --- Not finite: each case has its own sentence. A teacher's is in test_real_cases.py. ---
-
-
-def test_not_finite_before_the_first_checkpoint(tmp_path, capfd):
-    """There is nothing to resume: start again with lower learning rates."""
-    flags = ["--fake-lr", 1e30, *ONE_SAVE, "--output-dir", tmp_path / "out"]
-    sentence = saying(capfd, 2, *flags)
-    assert "start again with lower learning rates" in sentence
-    assert "checkpoint" not in sentence
-
-
-def test_not_finite_after_a_checkpoint(run, capfd):
-    """The sentence offers --resume with lower learning rates, and that works."""
-    flags = [*resumed(run), "--iterations", 8, *ONE_SAVE]
-    sentence = saying(capfd, 2, *flags, "--fake-lr", 1e30)
-    for word in ("--resume", "--student-lr", "--fake-lr"):
-        assert word in sentence
-    assert cdm_main(*LIVELY, *flags, "--student-lr", 1e-5, "--fake-lr", 1e-6) == 0
-    assert log(run)[-1]["iteration"] == 8
 
 
 # --- The disk, the terminal, the environment. ---
@@ -389,3 +233,12 @@ def test_prompts_that_are_longer_than_file_names(whole, tmp_path):
     files = draw(tmp_path, whole, "日本の狐" * 20, "日本の狐" * 20 + "二", "/../" * 100, "?")
     assert len(files) == 4
     assert max(len(os.fsencode(file.name)) for file in files) < 200
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"resolution": "large", "no_t5": false}'])
+def test_a_student_whose_notes_are_damaged(content, lora, tmp_path, capfd):
+    """cdm.json says the student's resolution. The sentence names the file."""
+    student = shutil.copytree(lora / "student", tmp_path / "student")
+    (student / "cdm.json").write_text(content)
+    flags = ["--teacher", TEACHER, "--student", student, "--generate", "a face"]
+    check_mistake(capfd, tmp_path, [*flags, "--output-dir", tmp_path / "out"], "cdm.json")
