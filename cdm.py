@@ -1301,7 +1301,7 @@ class Run:
         rows = [row(f"teacher, 28 steps, guidance {scale:g}", guided, 28)]
         with self.on_device(self.ema_model):
             for n in args.sample_steps:
-                rows.append(row(f"teacher, steps: {n}", self.teacher, n))
+                rows.append(row(f"teacher, steps: {n}, no guidance", self.teacher, n))
                 rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_model, n))
         if self.rank == 0:
             draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
