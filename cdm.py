@@ -1255,6 +1255,8 @@ class Run:
             shutil.rmtree(half)  # of a save that was killed
         if self.k:
             print(f"    continuing from iteration {self.k}; later lines of the log are dropped")
+        elif args.resume:
+            print("    there is no checkpoint yet: from the beginning")
         self.log_file.write_text(self.log)
 
     def say_what_to_do_next(self):

@@ -133,6 +133,15 @@ def test_checkpoints_that_are_gone(run, capfd):
     check_mistake(capfd, run, [*LIVELY, *resumed(run)], "--resume", "no checkpoint")
 
 
+def test_a_run_without_a_checkpoint_begins_anew(run, capfd):
+    """Killed before it saved anything, it has a log and no more. That is said."""
+    for path in [*run.glob("checkpoint_*"), run / "student"]:
+        shutil.rmtree(path)
+    assert cdm_main(*LIVELY, *resumed(run), "--iterations", 2) == 0
+    assert "from the beginning" in capfd.readouterr().out
+    assert [line["iteration"] for line in log(run)] == [2]
+
+
 def test_a_log_that_is_gone(run, lora):
     """Each checkpoint has its own."""
     (run / "log.jsonl").unlink()
