@@ -577,32 +577,16 @@ class Family:
         self.pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=self.dtype, variant=variant, transformer=self.transformer, **absent
         )
-        self.tokenizers = {}
+        self.tokenizers = {}  # of the text encoders that are there
         for key, part in self.pipe.components.items():
-            is_encoder = key.startswith("text_encoder")
             if isinstance(part, torch.nn.Module):
                 self.check_weights(part)
                 part.requires_grad_(False).eval()
-                if hasattr(part, "lm_head"):  # LongCat-Image's: nobody needs its logits
-                    part.lm_head = torch.nn.Identity()
-                if args.offload_text_encoders and is_encoder:
-                    part.register_forward_pre_hook(self.to_device)
-                    part.register_forward_hook(self.to_cpu)
+                if key.startswith("text_encoder"):
+                    self.prepare_encoder(key, part, args.offload_text_encoders, folder)
                 else:
                     part.to(device)
-                if is_encoder:
-                    tokenizer = key.replace("text_encoder", "tokenizer")
-                    self.tokenizers[tokenizer] = self.pipe.components[tokenizer]
-                    self.check_encoder(key, tokenizer, folder)
-
-        pixels = self.pipe.vae_scale_factor  # of a latent's side
-        self.resolution = args.resolution or self.pipe.default_sample_size * pixels
-        largest = 2 * pixels * self.transformer.config.get("pos_embed_max_size", 256)
-        fits = self.resolution % (2 * pixels) == 0 and self.resolution <= largest
-        advice = f"give a multiple of {2 * pixels} up to {largest}"
-        require(fits, f"--resolution {self.resolution} does not fit {name}: {advice}.")
-        side = self.resolution // pixels
-        self.shape = (self.pipe.vae.config.latent_channels, side, side)
+        self.resolution, self.shape = self.latent_shape(args.resolution)
         self.time_scale = self.pipe.scheduler.config.num_train_timesteps
         self.shift = self.time_shift()
         # Tells teachers apart, wherever their files lie.
@@ -639,15 +623,45 @@ class Family:
         require(not bad, f"--teacher {self.name}: {what}: copy its files again.")
 
     @torch.no_grad()
-    def check_encoder(self, encoder, tokenizer, folder):
-        """Raise Mistake if two prompts are the same to it, as they are without a vocabulary."""
-        files = f"the files of {tokenizer} or {encoder} in {self.name}"
-        sentence = f"{files} are not complete: copy them again."
-        require(Path(folder, tokenizer, "tokenizer_config.json").exists(), sentence)
+    def prepare_encoder(self, name, encoder, offload, folder):
+        """Place a text encoder. Raise Mistake if two prompts are the same to it.
+
+        They are if its tokenizer has no vocabulary.
+        """
+        if hasattr(encoder, "lm_head"):  # LongCat-Image's computes logits that nobody needs
+            encoder.lm_head = torch.nn.Identity()
+        if offload:
+            encoder.register_forward_pre_hook(self.to_device)
+            encoder.register_forward_hook(self.to_cpu)
+        else:
+            encoder.to(self.device)
+        key = name.replace("text_encoder", "tokenizer")
+        sentence = f"the files of {key} or {name} in {self.name} are not complete: copy them again."
+        require(Path(folder, key, "tokenizer_config.json").exists(), sentence)
+        tokenizer = self.pipe.components[key]
+        self.tokenizers[key] = tokenizer
         options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizers[tokenizer](["red fox", "big cat"], **options).input_ids
-        fox, cat = self.pipe.components[encoder](tokens.to(self.device))[0]
+        tokens = tokenizer(["red fox", "big cat"], **options).input_ids
+        fox, cat = encoder(tokens.to(self.device))[0]
         require(not torch.equal(fox, cat), sentence)
+
+    def to_device(self, encoder, _):
+        """Hook: with --offload-text-encoders each one is on the GPU only while it runs."""
+        encoder.to(self.device)
+
+    def to_cpu(self, encoder, *_):
+        encoder.to("cpu")
+
+    def latent_shape(self, resolution):
+        """The resolution, of which 0 is the teacher's own, and the shape (C, h, w) of a latent."""
+        pixels = self.pipe.vae_scale_factor  # of a latent's side
+        resolution = resolution or self.pipe.default_sample_size * pixels
+        largest = 2 * pixels * self.transformer.config.get("pos_embed_max_size", 256)
+        fits = resolution % (2 * pixels) == 0 and resolution <= largest
+        advice = f"give a multiple of {2 * pixels} up to {largest}"
+        require(fits, f"--resolution {resolution} does not fit {self.name}: {advice}.")
+        side = resolution // pixels
+        return resolution, (self.pipe.vae.config.latent_channels, side, side)
 
     def time_shift(self):
         """The shift of the teacher's scheduler. Raises Mistake unless it samples as sample()."""
@@ -672,13 +686,6 @@ class Family:
         advice = "give the teacher a plain FlowMatchEulerDiscreteScheduler"
         require(agrees, f"the scheduler of {self.name} does more than shift the times: {advice}.")
         return shift
-
-    def to_device(self, encoder, _):
-        """Hook: with --offload-text-encoders each one is on the GPU only while it runs."""
-        encoder.to(self.device)
-
-    def to_cpu(self, encoder, *_):
-        encoder.to("cpu")
 
     def say_what_is_cut(self, prompts):
         """Print how many prompts are longer than a text encoder reads."""
