@@ -3,7 +3,7 @@
 CDM distils a flow-matching text-to-image model into a generator that needs 4 steps. It learns from
 prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Image.
 
-    python cdm.py --teacher stabilityai/stable-diffusion-3-medium       # one GPU
+    python cdm.py --teacher stabilityai/stable-diffusion-3-medium       # one GPU of 80 GB
     python cdm.py --teacher ... --lora-rank 64                          # one smaller GPU
     torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...       # many GPUs, FSDP2
     python cdm.py --teacher ... --student runs/cdm --generate "a red fox"
@@ -32,10 +32,11 @@ From the paper to the code, by equation, section or symbol:
     pseudo-target, weight w         w           pseudo_target_loss, dmd_weight
     L_CA, CFG augmentation          Eqs. 3-4    ca_loss
     L_DM, distribution matching     Eqs. 3-4    dm_loss
-    every tau, t' and noise                     draw_iteration: tau["ca"] ~ U(0, t_i), t' ~ U(0, 1]
+    anchors, every tau, t' and noise            draw_iteration: tau["ca"] ~ U(0, t_i), t' ~ U(0, 1]
     off-trajectory point x_{t'}     Eq. 7       euler_step, called in cdm_iteration
     L_CDM                           sec. 3.3    dm_loss at the off-trajectory point
-    fake score, on student's x0     L_fake      fake_score_loss, average_into
+    fake score, on student's x0     L_fake      fake_score_loss
+    its pull to the student, EMA    beta        average_into
     one iteration                               cdm_iteration
 
 Not in the paper: --anchor-aware-fake, off by default. README says what is left out on purpose.
@@ -156,6 +157,7 @@ def backward_simulation(student, noise, schedule, index, cond):
     v = torch.zeros_like(noise)
     times = schedule.to(noise, non_blocking=True)
     for i in range(int(index.max()) + 1):
+        # A sample past its anchor is in no more rows, and keeps the anchor's x and v.
         rows = (index >= i).nonzero()[:, 0].to(noise.device, non_blocking=True)
         if i > 0:
             x[rows] = euler_step(x[rows], times[i - 1], times[i], v[rows])
@@ -176,12 +178,12 @@ def sample(model, noise, times, cond):
     return x
 
 
-# --- The losses (Eqs. 3-4; sec. 3.3). ---
+# --- The losses: the student's (Eqs. 3-4; sec. 3.3) and the fake score's. ---
 #
-# The student's are pseudo-target regressions: x0_hat carries its gradient, and is pulled towards
-# sg[x0_hat + w delta]. ca_loss and dm_loss return the loss, a scalar, and w, (B,). To add a loss,
-# write a function here, give it a weight in CDM and in check(), a name in draw_iteration's `tau`,
-# and a call in cdm_iteration. The comment beside a field of CDM is its flag's help.
+# The student's losses are pseudo-target regressions. x0_hat carries the student's gradient and is
+# pulled towards sg[x0_hat + w delta]. ca_loss and dm_loss return the loss, a scalar, and w, (B,).
+# To add a loss, write a function here, give it a weight in CDM and in check(), a name in
+# draw_iteration's `tau`, and a call in cdm_iteration.
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
@@ -239,6 +241,9 @@ def fake_score_loss(fake_score, x0, cond, tau, noise):
 # --- The settings and the randomness of one iteration. ---
 
 
+# The comment beside a field is its flag's help, and each class is a group of flags in --help.
+
+
 @dataclass
 class AnchorAware:
     """NOT IN THE PAPER: a fake score that knows where its clean estimate was made."""
@@ -249,12 +254,15 @@ class AnchorAware:
 
 @dataclass
 class CDM(AnchorAware):
-    """The method. Defaults are the authors' for SD3-Medium, by our reading for bf16 weights."""
+    """The method. Defaults are as the authors published them; what the paper ran is not known.
+
+    They are for SD3-Medium and, by our reading of the authors' code, for bf16 weights.
+    """
 
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
     dm_weight: float = 1.0  # weight of L_DM, distribution matching
     cdm_weight: float = 1.0  # weight of L_CDM, continuous-time matching
-    alpha: float = 7.0  # guidance in L_CA; like the teacher's CFG of scale 1 + alpha
+    alpha: float = 7.0  # guidance in L_CA; with L_DM like the teacher's CFG of scale 1 + alpha
     schedule: Literal["dynamic", "fixed"] = "dynamic"  # fixed: DMD2's 1, 0.75, 0.5, 0.25, shifted
     max_schedule_steps: int = 28  # N_max, the most steps of a dynamic schedule
     time_low: float = 0.25  # inner times are U[time_low, time_high] before the shift
@@ -325,8 +333,8 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
     noise = {name: normal(name) for name in ("start", *tau)}
 
-    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1] with any schedule
-    if cfg.cdm_point == "anchor":
+    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1], whatever the schedule
+    if cfg.cdm_point == "anchor":  # the paper's ablation: L_CDM stays on the trajectory
         t_off = t_i
     if cfg.cdm_point == "renoise":
         noise["off"] = normal("off")
@@ -346,10 +354,13 @@ class Learner:
         self.model = model
         self.cfg = cfg
         self.updates = 0
-        self.params = {name: p for params, _ in groups for name, p in params.items()}
-        groups = [{"params": list(params.values()), "base_lr": lr} for params, lr in groups]
+        self.params = {}
+        param_groups = []
+        for params, lr in groups:
+            self.params |= params
+            param_groups.append({"params": list(params.values()), "base_lr": lr})
         # step() sets the learning rates.
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(param_groups, weight_decay=cfg.weight_decay, fused=True)
         # AdamW's state exists before its first step, so that a resumed run has tensors to fill.
         for p in self.params.values():
             self.optimizer.state[p] = {
@@ -377,6 +388,17 @@ def average_into(params, others, decay):
     for name, other in others.items():
         p = params[name]
         p.lerp_(other.to(p.device, p.dtype), 1 - decay)
+
+
+@torch.no_grad()
+def make_missing_calls(model, anchor, cond, draw):
+    """FSDP gathers weights in every call, so all processes must make the same number of calls.
+
+    Backward simulation makes as many as this process's latest anchor needs. The calls here fill up
+    to the schedule's length, for one sample each, and nobody looks at their results.
+    """
+    for _ in range(int(draw.index.max()) + 1, len(draw.schedule)):
+        model(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
 
 
 def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
@@ -407,10 +429,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
         anchor = backward_simulation(student.model, d.noise["start"], d.schedule, d.index, cond)
         if torch.distributed.is_initialized():
-            # FSDP gathers weights in every call: all processes must make the same number of calls.
-            for _ in range(int(d.index.max()) + 1, len(d.schedule)):
-                with torch.no_grad():
-                    student.model(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
+            make_missing_calls(student.model, anchor, cond, d)
 
         # Eq. 1 with the recorded velocity: the clean estimate needs no further evaluation.
         x0 = clean_estimate(anchor.x_t, anchor.t, anchor.v)
@@ -423,8 +442,9 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         # Fake score, in every iteration: flow matching on the student's clean estimates.
         made_at = anchor.t
         if cfg.anchor_aware_fake and cfg.cdm_weight:
-            # NOT IN THE PAPER: L_CDM asks this fake score about t' too, so it also trains there.
-            # Even and odd rows take turns, so that a micro-batch of 1 sees both.
+            # NOT IN THE PAPER: L_CDM evaluates this fake score at t', so it must learn there, too.
+            # In every other iteration the even rows, in the others the odd rows, are replaced by
+            # the estimate that the student makes at t'.
             rows = slice(k % 2, None, 2)
             if len(x0[rows]):
                 with torch.no_grad():
@@ -435,7 +455,8 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
         record(loss_fake=loss)
         (scale * loss).backward()
     stats["grad_norm_fake"] = fake_score.step()
-    # phi is pulled to theta. In bf16 this mostly rounds away, by our reading as in the release.
+    # phi is pulled to theta. In bf16 most of this pull is lost to rounding. By our reading the
+    # published code has the same effect.
     average_into(fake_score.params, student.params, cfg.fake_pull)
     if k % cfg.student_every != 0:
         return stats
@@ -465,9 +486,9 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
             cdm, w = dm_loss(x0_hat, teacher, fake, cond, tau["cdm"], noise["cdm"])
             (scale * cfg.cdm_weight * cdm).backward()
             record(loss_cdm=cdm, w_cdm=w.mean())
-    n = student.updates  # before this one
+    decay = min((1 + student.updates) / (10 + student.updates), cfg.ema_decay)
     stats["grad_norm_student"] = student.step()
-    average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))  # theta_bar
+    average_into(ema, student.params, decay)  # theta_bar
     return stats
 
 
@@ -482,6 +503,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 class Mistake(Exception):
     """What the user can correct, in one sentence. main() prints it and exits with code 2."""
+
+    of_one_process = False  # under torchrun, whether the others may not have met it
 
 
 def require(condition, sentence):
@@ -504,7 +527,9 @@ def explained(what, advice):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise Mistake(f"{what}: {reason}: {advice}.") from None
+        mistake = Mistake(f"{what}: {reason}: {advice}.")
+        mistake.of_one_process = True
+        raise mistake from None
 
 
 class AnchorTime(torch.nn.Module):
@@ -512,7 +537,8 @@ class AnchorTime(torch.nn.Module):
 
     def __init__(self, width, features=64):
         super().__init__()
-        self.register_buffer("frequency", torch.logspace(0, 2, features), persistent=False)
+        frequency = torch.logspace(0, 2, features)  # 1 to 100, for t in [0, 1]
+        self.register_buffer("frequency", frequency, persistent=False)
         self.linear = torch.nn.Linear(2 * features, width)
         torch.nn.init.zeros_(self.linear.weight)
         torch.nn.init.zeros_(self.linear.bias)
@@ -534,16 +560,18 @@ class Model:
         bf16 = self.family.dtype == torch.bfloat16
         # No autocast cache: it would keep a bf16 copy of every float32 weight that trains.
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            if made_at is not None:  # added to the last part of cond, to all its tokens alike
-                *rest, last = cond
+            if made_at is not None:
+                *rest, last = cond  # SD3's pooled embedding (B, width), LongCat-Image's text
                 embedded = self.anchor_time(made_at).to(last.dtype)
-                embedded = embedded.reshape(len(last), *[1] * (last.ndim - 2), -1)
+                if last.ndim == 3:  # (B, tokens, width): the same for all tokens
+                    embedded = embedded[:, None]
                 cond = (*rest, last + embedded)
             return self.family.velocity(self.transformer, x_t, t, cond).float()
 
     def parameters(self):
         """What is trained or averaged, by name: all parameters, or those of a LoRA alone."""
         named = self.transformer.named_parameters()
+        # peft's adapter is called "default".
         return {name.replace(".default.", "."): p for name, p in named if p.requires_grad}
 
 
@@ -571,7 +599,7 @@ class Family:
         self.dtype = torch.bfloat16 if device.type == "cuda" else weights
         variant = None
         stems = [file.stem for file in Path(folder, "transformer").glob("*.safetensors")]
-        if stems and all("." in stem for stem in stems):  # only such as model.fp16.safetensors
+        if stems and all("." in stem for stem in stems):  # such as model.fp16-00001-of-00002
             variant = stems[0].split(".")[1].split("-")[0]
         self.transformer = self.load_transformer(folder, variant, weights, args, student)
         self.pipe = DiffusionPipeline.from_pretrained(
@@ -655,28 +683,33 @@ class Family:
     def latent_shape(self, resolution):
         """The resolution, of which 0 is the teacher's own, and the shape (C, h, w) of a latent."""
         pixels = self.pipe.vae_scale_factor  # of a latent's side
+        patch = 2 * pixels  # both families cut latents into patches of 2 x 2
         resolution = resolution or self.pipe.default_sample_size * pixels
-        largest = 2 * pixels * self.transformer.config.get("pos_embed_max_size", 256)
-        fits = resolution % (2 * pixels) == 0 and resolution <= largest
-        advice = f"give a multiple of {2 * pixels} up to {largest}"
+        # LongCat-Image has no limit. 256 is ours.
+        largest = patch * self.transformer.config.get("pos_embed_max_size", 256)
+        fits = resolution % patch == 0 and resolution <= largest
+        advice = f"give a multiple of {patch} up to {largest}"
         require(fits, f"--resolution {resolution} does not fit {self.name}: {advice}.")
         side = resolution // pixels
         return resolution, (self.pipe.vae.config.latent_channels, side, side)
 
     def time_shift(self):
         """The shift of the teacher's scheduler. Raises Mistake unless it samples as sample()."""
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+            calculate_shift,
+        )
+
         scheduler = self.pipe.scheduler
         config = scheduler.config
         shift = config.get("shift", 1.0)
         mu = None
-        if config.get("use_dynamic_shifting"):  # mu is linear in the number of image tokens
-            slope = config.max_shift - config.base_shift
-            slope /= config.max_image_seq_len - config.base_image_seq_len
-            image_tokens = self.shape[1] * self.shape[2] / 4  # of 2 x 2 latents each
-            mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
+        if config.get("use_dynamic_shifting"):
+            image_tokens = self.shape[1] * self.shape[2] // 4  # of 2 x 2 latents each
+            bounds = (config.base_image_seq_len, config.max_image_seq_len)
+            mu = calculate_shift(image_tokens, *bounds, config.base_shift, config.max_shift)
             shift = math.exp(mu)
         agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-        if agrees:  # integrate v = x t in 4 steps with both: the results must agree
+        if agrees:  # its options may do more than shift: compare 4 steps of a test ODE, v = x t
             ours = sample(lambda x, t, _: x * t, torch.ones(1), uniform_times(4, shift), ())
             x = torch.ones(1)
             scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
@@ -797,14 +830,16 @@ class LongCatImage(Family):
     def velocity(self, net, x_t, t, cond):
         (text,) = cond
         tokens = F.pixel_unshuffle(x_t, 2)  # (B, 4 C, h / 2, w / 2)
-        place = text.shape[1] + torch.arange(tokens.shape[-1], device=x_t.device)  # after the text
-        image_ids = torch.cartesian_prod(torch.ones_like(place[:1]), place, place)
+        side = tokens.shape[-1]  # images are square
+        position = text.shape[1] + torch.arange(side, device=x_t.device)  # after the text
+        modality = torch.ones_like(position[:1])  # of an image
+        image_ids = torch.cartesian_prod(modality, position, position)
         v = net(
             hidden_states=tokens.flatten(2).mT,
             timestep=t,  # the network multiplies by 1000
             encoder_hidden_states=text,
             txt_ids=self.text_ids,  # (512, 3): 0, i, i
-            img_ids=image_ids,  # (h / 2 x w / 2, 3): 1, row, column
+            img_ids=image_ids,  # (side x side, 3): 1, row, column
             return_dict=False,
         )[0]
         return F.pixel_shuffle(v.mT.reshape(tokens.shape), 2)
@@ -931,11 +966,11 @@ def parse_args(argv=None):
 
     parser.error = error
     defaults = Settings()
-    # A field's help is the comment beside it.
+    # A dataclass does not keep its comments, so this file is read: "name: type = default  # help".
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): [^#\n]* = [^#\n]*  # (.*)", source, re.M))
     for group in (Job, CDM, Memory, Sampling, AnchorAware):
-        section = parser.add_argument_group(group.__doc__.rstrip("."))
+        section = parser.add_argument_group(group.__doc__.splitlines()[0].rstrip("."))
         for name, kind in group.__annotations__.items():
             default = getattr(defaults, name)
             options = {"type": kind}
@@ -1056,11 +1091,11 @@ def own_errors():
 class Run:
     """One training run: its four networks, the prompts, and the files in --output-dir.
 
-    A resumed run is exactly the run that never stopped: save() writes every tensor that training
-    changes, and all else is a function of the settings and of k, the iterations done, because every
-    random draw is seeded with (seed, k). settings() holds what must agree. On a CPU with the same
-    number of threads the result is the same bit for bit. GPUs of one model and other numbers of
-    processes sum in another order, and agree to rounding.
+    A resumed run goes on as the run that never stopped would. save() writes every tensor that
+    training changes. All else is a function of the settings and of k, the iterations done, because
+    every random draw is seeded with (seed, k). settings() holds what must agree. On a CPU with the
+    same number of threads the result is the same bit for bit. GPUs of one model and other numbers
+    of processes sum in another order, and agree to rounding.
     """
 
     def __init__(self, args, device, rank=0, world=1):
@@ -1084,7 +1119,9 @@ class Run:
         require(args.batch_size % least == 0, f"--batch-size {args.batch_size} {rule}.")
         self.batch = args.batch_size // world
         if not args.micro_batch_size:
-            args.micro_batch_size = math.gcd(self.batch, 4) if device.type == "cuda" else self.batch
+            args.micro_batch_size = self.batch
+            if device.type == "cuda":
+                args.micro_batch_size = math.gcd(self.batch, 4)  # 4, 2 or 1
 
         self.prompts = read_prompts(args.prompts)
         self.family = load_family(args, device)
@@ -1094,7 +1131,7 @@ class Run:
     def full_networks(self):
         """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own.
 
-        What requires gradients is what Model.parameters() returns: the EMA's, too.
+        The EMA's parameters require gradients, too: Model.parameters() returns those that do.
         """
         teacher = self.family.transformer
         ema = copy.deepcopy(teacher).requires_grad_(True).float()  # in bf16 small steps round away
@@ -1103,7 +1140,7 @@ class Run:
         yield fake_score
         student = copy.deepcopy(teacher).requires_grad_(True)
         yield student
-        # Parameters only: rounded position embeddings would make another teacher than the student.
+        # Parameters alone: with rounded position embeddings the student would start as another.
         for p in teacher.parameters():
             p.data = p.data.to(self.family.dtype)
         yield teacher
@@ -1117,7 +1154,8 @@ class Run:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
         frozen = {id(x): x for x in (*teacher.parameters(), *teacher.buffers())}
         for _ in ("ema", "fake_score", "student"):
-            net = copy.deepcopy(teacher, dict(frozen))  # what its memo has is shared, not copied
+            # deepcopy shares what its memo lists, and writes to the memo: each gets its own.
+            net = copy.deepcopy(teacher, dict(frozen))
             torch.manual_seed(self.args.seed)  # peft draws from this generator: all start alike
             net.add_adapter(config)
             for p in net.parameters():
@@ -1132,7 +1170,9 @@ class Run:
         networks = self.full_networks()
         if args.lora_rank:
             networks = self.lora_networks()
-        if args.compile:  # a block is compiled anew for each network, batch size, and gradients
+        if args.compile:
+            # Blocks are compiled anew for each network and batch size, with and without gradients,
+            # more often than torch allows by default.
             torch._dynamo.config.recompile_limit = 64
         models = []
         for net in networks:  # each is sharded before the next is made
@@ -1176,7 +1216,7 @@ class Run:
         """Draw an image, as the sample grids will. Raises Mistake if it fails."""
         family = self.family
         advice = "leave out --compile" if self.args.compile else "check its files"
-        # With --offload-ema nothing needs more memory than the grids.
+        # With --offload-ema the grids need the most memory, because they bring the EMA.
         model = self.ema_model if self.args.sample_every else self.teacher
         with explained(f"{family.name} cannot draw here", advice), self.on_device(model):
             noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
@@ -1186,11 +1226,12 @@ class Run:
 
     @contextlib.contextmanager
     def on_device(self, model):
-        """Inside, a model is on the device. --offload-ema keeps the EMA's on the CPU otherwise."""
-        if self.args.offload_ema:
+        """Inside, a model is on the device. With --offload-ema the EMA is on the CPU otherwise."""
+        moves = self.args.offload_ema and model is self.ema_model
+        if moves:
             model.transformer.to(self.device)
         yield
-        if model is self.ema_model and self.args.offload_ema:
+        if moves:
             model.transformer.to("cpu")
 
     def micro_batches(self, k):
@@ -1347,7 +1388,7 @@ class Run:
     def replacing(self, path):
         """A folder that appears at `path` whole or not at all: filled elsewhere, then renamed."""
         tmp = path.with_suffix(".tmp")
-        # dcp.save() begins to write when all ranks are there, and returns when all have written.
+        # dcp.save() is a barrier, before it writes and after.
         if self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # left by a save that was killed
         tmp.mkdir(parents=True, exist_ok=True)
@@ -1544,7 +1585,7 @@ def main(argv=None):
             train(args, device, rank, world)
         return 0
     except Mistake as mistake:
-        everyone = mistake.__context__ is not None  # of explained(): it may be this rank's alone
+        everyone = mistake.of_one_process
         sentence = str(mistake)
     except Timeout:
         sentence = f"another process trains in {args.output_dir}: wait, or stop it."

@@ -13,7 +13,7 @@ distils it. Methods differ in their settings only: see METHODS and GUIDED.
 It writes metrics.json, toy_*.png and toy_training.gif to --output-dir.
 
 Not in the paper: the methods marked *, which use the anchor-aware fake score of cdm.py. Left out:
-images, text and any claim about SD3. Learning rates, N_max and alpha are the toy's own.
+images, text and any claim about SD3. SETTINGS has what is the toy's own, such as no L_CA.
 """
 
 import argparse
@@ -203,7 +203,7 @@ RELEASED = {"time_low": 0.25, "time_high": 0.95}  # after the shift no inner tim
 AWARE = {"anchor_aware_fake": True}
 CA = {"ca_weight": 1.0}
 
-METHODS = {  # trained on --mixture. "DM fixed" is like DMD2
+METHODS = {  # trained on --mixture. "DM fixed" is like DMD2 without its GAN and guidance
     "DM fixed": FIXED | NO_CDM,
     "DM dynamic": NO_CDM,
     "CDM": {},
