@@ -9,7 +9,8 @@ prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Im
     python cdm.py --teacher ... --student runs/cdm --generate "a red fox"
 
 Section 1 is the algorithm. It uses torch alone and works for any model.
-Section 2 connects it to the two model families of diffusers. Section 3 runs it.
+Section 2 connects it to the two model families of diffusers.
+Section 3 runs it. Why a resumed run is exact stands at Run.
 
 Notation: t = 0 is data, t = 1 is noise, c is the prompt, uncond the empty one, sg[] stops the
 gradient.
@@ -494,7 +495,8 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
 # ==================================================================================================
 # 2. Model families: a diffusers pipeline as the algorithm needs it. A new family is a class beside
-#    SD3 and LongCatImage, named in FAMILIES. SD3 documents what such a class must have.
+#    SD3 and LongCatImage, named in FAMILIES. It has absent, max_tokens, encode, velocity and
+#    call_options, which SD3 documents, and lora_targets if Family's do not fit.
 # ==================================================================================================
 
 ASSETS = Path(__file__).parent / "assets"  # the default prompts, the exported student's README
