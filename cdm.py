@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 
 def per_sample(t, x):
-    """View one number a sample, (B,), or one for all, (), so that it multiplies x (B, ...)."""
+    """Reshape t, (B,) or (), so that it broadcasts against x, (B, ...)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -263,7 +263,7 @@ class CDM(AnchorAware):
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
     dm_weight: float = 1.0  # weight of L_DM, distribution matching
     cdm_weight: float = 1.0  # weight of L_CDM, continuous-time matching
-    alpha: float = 7.0  # guidance in L_CA; with L_DM like the teacher's CFG of scale 1 + alpha
+    alpha: float = 7.0  # guidance in L_CA; roughly the teacher's CFG of scale 1 + alpha
     schedule: Literal["dynamic", "fixed"] = "dynamic"  # fixed: DMD2's 1, 0.75, 0.5, 0.25, shifted
     max_schedule_steps: int = 28  # N_max, the most steps of a dynamic schedule
     time_low: float = 0.25  # inner times are U[time_low, time_high] before the shift
@@ -330,13 +330,14 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         "cdm": uniform("cdm"),
         "fake": uniform("fake"),
     }
-    # With a small time_low tau_min may be above t_i. Then L_CA's tau is tau_min.
+    # A small time_low allows t_i below tau_min. There the clamp lifts L_CA's tau above t_i.
     tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
     noise = {name: normal(name) for name in ("start", *tau)}
 
-    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1], whatever the schedule
     if cfg.cdm_point == "anchor":  # the paper's ablation: L_CDM stays on the trajectory
         t_off = t_i
+    else:  # t' ~ U(0, 1], whatever the schedule
+        t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)
     if cfg.cdm_point == "renoise":
         noise["off"] = normal("off")
     return Draw(schedule, index, t_off, tau, noise)
@@ -447,7 +448,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
             # In every other iteration the even rows, in the others the odd rows, are replaced by
             # the estimate that the student makes at t'.
             rows = slice(k % 2, None, 2)
-            if len(x0[rows]):
+            if len(x0[rows]):  # none in a micro-batch of 1, every other time
                 with torch.no_grad():
                     x0[rows] = student_estimate(x_off[rows], d.t_off[rows], take(cond, rows))
                 made_at = anchor.t.clone()
@@ -584,7 +585,9 @@ class Family:
     folder whose network or LoRA replaces the teacher's. Raises Mistake if it cannot be loaded.
     """
 
-    lora_targets = (  # the authors': attention and feed-forward, of image and text
+    # The authors' for SD3: attention and feed-forward, of image and text. In LongCat-Image's single
+    # blocks they find attention alone.
+    lora_targets = (
         "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
         "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
         "ff_context.net.2 "
@@ -646,7 +649,7 @@ class Family:
         return net
 
     def check_weights(self, part):
-        """Raise Mistake unless every weight has values, which one that is in no file lacks."""
+        """Raise Mistake if a weight is not finite, or in no file: diffusers leaves it on "meta"."""
         weights = part.state_dict().items()
         bad = [name for name, x in weights if x.is_meta or not x.isfinite().all()]
         what = f"of {type(part).__name__}, {one_line(', '.join(bad))} are missing or not finite"
@@ -654,9 +657,9 @@ class Family:
 
     @torch.no_grad()
     def prepare_encoder(self, name, encoder, offload, folder):
-        """Place a text encoder. Raise Mistake if two prompts are the same to it.
+        """Place a text encoder. Raise Mistake if two prompts have equal embeddings.
 
-        They are if its tokenizer has no vocabulary.
+        They have if the tokenizer's vocabulary is missing.
         """
         if hasattr(encoder, "lm_head"):  # LongCat-Image's computes logits that nobody needs
             encoder.lm_head = torch.nn.Identity()
@@ -1097,7 +1100,7 @@ class Run:
     training changes. All else is a function of the settings and of k, the iterations done, because
     every random draw is seeded with (seed, k). settings() holds what must agree. On a CPU with the
     same number of threads the result is the same bit for bit. GPUs of one model and other numbers
-    of processes sum in another order, and agree to rounding.
+    of processes sum in another order, so each iteration agrees to rounding.
     """
 
     def __init__(self, args, device, rank=0, world=1):
@@ -1142,7 +1145,8 @@ class Run:
         yield fake_score
         student = copy.deepcopy(teacher).requires_grad_(True)
         yield student
-        # Parameters alone: with rounded position embeddings the student would start as another.
+        # Parameters alone. Position embeddings are buffers. If they were rounded, teacher and
+        # student would differ before any update.
         for p in teacher.parameters():
             p.data = p.data.to(self.family.dtype)
         yield teacher
@@ -1156,7 +1160,8 @@ class Run:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
         frozen = {id(x): x for x in (*teacher.parameters(), *teacher.buffers())}
         for _ in ("ema", "fake_score", "student"):
-            # deepcopy shares what its memo lists, and writes to the memo: each gets its own.
+            # deepcopy takes what its memo lists as it is: new modules around the teacher's tensors.
+            # It also writes to the memo, so each network gets one of its own.
             net = copy.deepcopy(teacher, dict(frozen))
             torch.manual_seed(self.args.seed)  # peft draws from this generator: all start alike
             net.add_adapter(config)
@@ -1390,7 +1395,8 @@ class Run:
     def replacing(self, path):
         """A folder that appears at `path` whole or not at all: filled elsewhere, then renamed."""
         tmp = path.with_suffix(".tmp")
-        # dcp.save() is a barrier, before it writes and after.
+        # dcp.save() waits for all ranks before it writes and before it returns. So rank 0 has
+        # emptied tmp before any rank writes, and renames it after all have.
         if self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # left by a save that was killed
         tmp.mkdir(parents=True, exist_ok=True)
@@ -1428,8 +1434,11 @@ class Run:
                 (folder / "state.json").write_text(json.dumps(state, indent=1))
                 shutil.copy(self.log_file, folder)
         if self.rank == 0:
+            # Keep this one and the one before. Newer ones are there only if resume() found them
+            # damaged.
             found = self.checkpoints()
-            for old in found[: max(found.index(path) - 1, 0)]:  # newer ones are damaged
+            first_kept = max(found.index(path) - 1, 0)
+            for old in found[:first_kept]:
                 shutil.rmtree(old)
 
     def resume(self):
