@@ -10,7 +10,7 @@ prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Im
 
 Section 1 is the algorithm. It uses torch alone and works for any model.
 Section 2 connects it to the two model families of diffusers.
-Section 3 runs it. Why a resumed run is exact stands at Run.
+Section 3 runs it. The docstring of Run says why a resumed run is exact.
 
 Notation: t = 0 is data, t = 1 is noise, c is the prompt, uncond the empty one, sg[] stops the
 gradient.
@@ -240,8 +240,7 @@ def fake_score_loss(fake_score, x0, cond, tau, noise):
 
 
 # --- The settings and the randomness of one iteration. ---
-
-
+#
 # The comment beside a field is its flag's help, and each class is a group of flags in --help.
 
 
@@ -502,6 +501,7 @@ def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
 
 ASSETS = Path(__file__).parent / "assets"  # the default prompts, the exported student's README
 LORA_FILE = "pytorch_lora_weights.safetensors"
+GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # no file is to blame
 
 
 class Mistake(Exception):
@@ -526,7 +526,7 @@ def explained(what, advice):
     """Turn every failure inside into one sentence: what failed, the reason, and advice."""
     try:
         yield
-    except (Mistake, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (Mistake, *GPU_ERRORS):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -622,9 +622,6 @@ class Family:
         self.resolution, self.shape = self.latent_shape(args.resolution)
         self.time_scale = self.pipe.scheduler.config.num_train_timesteps
         self.shift = self.time_shift()
-        # Tells teachers apart, wherever their files lie.
-        size = sum(p.abs().sum(dtype=torch.float64) for p in self.transformer.parameters())
-        self.identity = f"of weights that sum to {size:.8g}, of shift {self.shift:g}"
         self.empty = self.encode([""])
 
     def load_transformer(self, folder, variant, weights, args, student):
@@ -1130,6 +1127,10 @@ class Run:
 
         self.prompts = read_prompts(args.prompts)
         self.family = load_family(args, device)
+        # Tells teachers apart, wherever their files lie.
+        weights = self.family.transformer.parameters()
+        size = sum(p.abs().sum(dtype=torch.float64) for p in weights)
+        self.identity = f"of weights that sum to {size:.8g}, of shift {self.family.shift:g}"
         self.build()
         self.rehearse()
 
@@ -1334,11 +1335,12 @@ class Run:
         *numbers, stop = (values / self.world).tolist()  # waits for the GPU
         values = dict(zip(stats, numbers, strict=True))
         bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        advice = "start again with lower learning rates, --student-lr and --fake-lr"
-        if self.checkpoints():
-            newest = self.checkpoints()[-1].name
-            advice = f"--resume (if that fails, without {newest}) or {advice}"
-        require(not bad, f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
+        if bad:
+            advice = "start again with lower learning rates, --student-lr and --fake-lr"
+            found = self.checkpoints()
+            if found:
+                advice = f"--resume (if that fails, without {found[-1].name}) or {advice}"
+            raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
         return values, stop > 0
 
     def draw_samples(self):
@@ -1369,7 +1371,7 @@ class Run:
         names += "batch_size micro_batch_size seed lora_rank weights no_t5 device".split()
         flags = {"--" + name.replace("_", "-"): getattr(self.args, name) for name in names}
         return flags | {
-            "--teacher": self.family.identity,
+            "--teacher": self.identity,
             "--prompts": f"of checksum {zlib.crc32(repr(self.prompts).encode())}",
             "--resolution": self.family.resolution,
             "processes": self.world,
@@ -1447,7 +1449,7 @@ class Run:
             try:
                 self.load(folder)
                 return
-            except (Mistake, torch.OutOfMemoryError, torch.AcceleratorError):
+            except (Mistake, *GPU_ERRORS):
                 raise
             except Exception as error:
                 print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cdm
 
@@ -156,6 +157,13 @@ def files_limited_to(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def scale_weights(teacher, factor):
+    """Make another teacher of a folder: the same files, with other weights of the transformer."""
+    file = teacher / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = {name: factor * x for name, x in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
 
 
 def kill_9(popen):

@@ -58,9 +58,9 @@ def test_a_failing_gpu_is_not_blamed_on_files(kind, whole, monkeypatch, tmp_path
         raise error
 
     monkeypatch.setattr(cdm.Family, "__init__", fail)
-    flags = [*SMALL, *flags.split(), "--output-dir", tmp_path / "out", "--student", whole]
-    if "--generate" not in flags:
-        flags = flags[:-2]
+    flags = [*SMALL, *flags.split(), "--output-dir", tmp_path / "out"]
+    if "--generate" in flags:
+        flags += ["--student", whole]
     sentence = check_mistake(capfd, tmp_path, flags, *words)
     assert TEACHER not in sentence
     for other in {"--micro-batch-size 1", "--no-t5", "nvidia-smi"}.difference(words):

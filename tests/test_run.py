@@ -21,6 +21,7 @@ from helpers import (
     log,
     results,
     saying,
+    scale_weights,
     shard,
     snapshot,
     state,
@@ -68,9 +69,7 @@ def test_resume_of_another_run(flags, whole, tmp_path, monkeypatch, capfd):
     """A run of seed 0 resumed with `--seed 1` would be neither the one nor the other."""
     monkeypatch.chdir(tmp_path)
     Path("other.txt").write_text("an animal\n")
-    shutil.copytree(TEACHER, "other")
-    file = "other/transformer/diffusion_pytorch_model.safetensors"
-    save_file({key: 1.05 * x for key, x in load_file(file).items()}, file, {"format": "pt"})
+    scale_weights(Path(shutil.copytree(TEACHER, "other")), 1.05)
     name = flags.split()[0]
     flags = [*LIVELY, "--output-dir", whole, "--resume", *flags.split()]
     check_mistake(capfd, whole, flags, "--resume", name)
