@@ -4,56 +4,46 @@ CDM distils a flow-matching text-to-image model into a generator that needs 4 st
 prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Image.
 
     python cdm.py --teacher stabilityai/stable-diffusion-3-medium       # one GPU of 80 GB
-    python cdm.py --teacher ... --lora-rank 64                          # one smaller GPU
+    python cdm.py --teacher ... --lora-rank 64                          # one GPU of 24 GB
     torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...       # many GPUs, FSDP2
-    python cdm.py --teacher ... --student runs/cdm --generate "a red fox"
 
-Section 1 is the algorithm. It uses torch alone and works for any model.
-Section 2 connects it to the two model families of diffusers.
-Section 3 runs it. The docstring of Run says why a resumed run is exact.
+Section 1 is the algorithm. It uses torch alone and works for any model; toy_2d.py imports it.
+Section 2 connects it to two model families of diffusers. Section 3 runs it.
 
-Notation: t = 0 is data, t = 1 is noise, c is the prompt, uncond the empty one, sg[] stops the
-gradient.
+Notation, and where it is in the paper and in the code. t = 0 is data, t = 1 is noise, c is the
+prompt, uncond the empty one, sg[] stops the gradient.
 
-    x_t = (1 - t) x_0 + t noise     a point on the straight path from data to noise
-    v(x_t, t, c)                    a network's velocity, an estimate of noise - x_0
-    D(x_t, t, c) = x_t - t v        a network's clean estimate, x0_hat
-    student     v_theta, D_theta    the few-step generator; trained in every R-th iteration
-    teacher     v_real, D_real      the pretrained model; never trained
-    fake_score  v_phi, D_fake       trained in every iteration on the student's own clean estimates
-    ema         theta_bar           the student's moving average: what is sampled and exported
-    anchor      x_{t_i}, t_i        a point of the student's own trajectory, one for each sample
-    tau                             the time to which a clean estimate is noised again
+    x_t = (1 - t) x_0 + t noise    the straight path from data to noise      add_noise
+    v(x_t, t, c)                   velocity, an estimate of noise - x_0
+    D(x_t, t, c), x0_hat           clean estimate, x_t - t v      Eq. 1      clean_estimate
+    v_theta, D_theta               the few-step generator                    student
+    v_real, D_real                 the pretrained model                      teacher
+    v_phi, D_fake                  learns the student's samples              fake_score
+    theta_bar                      the student's moving average              ema, average_into
+    1 = t_1 > ... > t_N > 0        dynamic schedule               sec. 3.2   sample_schedule
+    x_{t_i}, t_i                   anchor, on the trajectory      sec. 3.2   backward_simulation
+    x_{t'}, t'                     off-trajectory point           Eq. 7      off_trajectory_point
+    z = (1 - tau) sg[x0_hat] + tau noise   x0_hat noised again, to time tau  tau: draw_iteration
+    w                              weight of a sample                        dmd_weight
+    sg[x0_hat + w delta]           pseudo-target                             pseudo_target_loss
+    L_CA                           CFG augmentation by alpha      Eqs. 3-4   ca_loss
+    L_DM                           distribution matching          Eqs. 3-4   dm_loss
+    L_CDM                          the same at x_{t'}             sec. 3.3   dm_loss
+    L_fake                         flow matching on x0_hat                   fake_score_loss
+    phi <- beta phi + (1 - beta) theta   the fake score is pulled            average_into
+    L = L_CA + L_DM + L_CDM        one iteration                             cdm_iteration
 
-From the paper to the code, by equation, section or symbol:
-
-    clean estimate D                Eq. 1       clean_estimate
-    dynamic continuous schedule     sec. 3.2    sample_schedule
-    backward simulation             sec. 3.2    backward_simulation
-    pseudo-target, weight w         w           pseudo_target_loss, dmd_weight
-    L_CA, CFG augmentation          Eqs. 3-4    ca_loss
-    L_DM, distribution matching     Eqs. 3-4    dm_loss
-    anchors, every tau, t' and noise            draw_iteration: tau["ca"] ~ U(0, t_i), t' ~ U(0, 1]
-    off-trajectory point x_{t'}     Eq. 7       euler_step, called in cdm_iteration
-    L_CDM                           sec. 3.3    dm_loss at the off-trajectory point
-    fake score, on student's x0     L_fake      fake_score_loss
-    its pull to the student, EMA    beta        average_into
-    one iteration                               cdm_iteration
-
-Not in the paper: --anchor-aware-fake, off by default. README says what is left out on purpose.
+What differs from the authors' release: the EMA is float32, where theirs is bf16 by our reading.
+Prompts are drawn with replacement. All processes share the inner times of a schedule, where theirs
+draw their own. Warm-up reaches the full rate at update 100, theirs on 8 processes at the 14th. A
+LoRA is a network of its own around shared weights, where theirs are two adapters in one network.
 """
 
-import argparse
-import contextlib
 import copy
-import importlib.metadata
-import itertools
 import json
-import logging
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -63,22 +53,20 @@ import zlib
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-# ==================================================================================================
-# 1. The algorithm.
+# ==== 1. The algorithm ============================================================================
 #
 # A model is any callable model(x_t, t, cond) -> v. Shapes, here and below:
 #     x_t, v  (B, ...) latents      t  (B,) times in [0, 1]      cond  a tuple of (B, ...) tensors
-# ==================================================================================================
+# SD3-Medium at 1024 x 1024: x_t is (B, 16, 128, 128), and cond is the text (B, 333, 4096) and the
+# pooled text (B, 2048). 333 are 77 CLIP and 256 T5 tokens.
 
 
 def per_sample(t, x):
@@ -89,6 +77,11 @@ def per_sample(t, x):
 def take(cond, rows):
     """The given rows of a condition: a slice or indices."""
     return tuple(c[rows] for c in cond)
+
+
+def repeat(cond, n):
+    """A condition of one sample, (1, ...) tensors, for n samples."""
+    return tuple(c.expand(n, *c.shape[1:]) for c in cond)
 
 
 def clean_estimate(x_t, t, v):
@@ -112,15 +105,9 @@ def shift_times(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def uniform_times(steps, shift=1.0):
-    """The sampling grid 1, 1 - 1/steps, ..., shifted: 1, 0.9, 0.75, 0.5 for 4 steps and shift 3.
-
-    Returns (steps,) times on the CPU.
-    """
+def sampling_times(steps, shift=1.0):
+    """(steps,) times 1, 1 - 1/steps, ..., 1/steps, shifted. sampling_times(4, 3): 1, .9, .75, .5"""
     return shift_times(1 - torch.arange(steps) / steps, shift)
-
-
-# --- Dynamic continuous schedule and backward simulation (sec. 3.2). ---
 
 
 def sample_schedule(max_steps, low, high, shift=1.0, stratified=False, generator=None):
@@ -131,7 +118,7 @@ def sample_schedule(max_steps, low, high, shift=1.0, stratified=False, generator
     """
     n = int(torch.randint(1, max_steps + 1, (), generator=generator))
     u = torch.rand(n - 1, generator=generator)
-    if stratified and n > 1:
+    if stratified:
         u = (torch.arange(n - 1) + u) / (n - 1)
     inner = (low + (high - low) * u).sort(descending=True).values
     return shift_times(torch.cat([torch.ones(1), inner]), shift)
@@ -150,28 +137,31 @@ class Anchor:
 def backward_simulation(student, noise, schedule, index, cond):
     """Integrate the student's ODE from pure noise, each sample to its own anchor.  (sec. 3.2)
 
-    noise: (B, ...), x at t_1 = 1; schedule: (N,) descending times; index: (B,) anchor indices i in
-    [0, N), on the CPU like the schedule, so that reading them does not wait for the GPU.
-    Step i evaluates only samples whose anchor is not yet passed: sum(index + 1) evaluations in all.
+    noise: (B, ...), x at t_1 = 1; schedule: (N,) descending times; index: (B,) the anchor's index,
+    from 0, where the paper's i is from 1. Schedule and index are on the CPU, so that reading them
+    does not wait for the GPU. Samples past their anchor are not evaluated: sum(index + 1) in all.
     """
     x = noise.clone()
     v = torch.zeros_like(noise)
-    times = schedule.to(noise, non_blocking=True)
-    for i in range(int(index.max()) + 1):
-        # A sample past its anchor is in no more rows, and keeps the anchor's x and v.
-        rows = (index >= i).nonzero()[:, 0].to(noise.device, non_blocking=True)
+    times = schedule.to(noise)
+    last = int(index.max())
+    for i in range(last + 1):
+        # rows: samples that still have to reach their anchor. The others keep their anchor's x, v.
+        rows = (index >= i).nonzero()[:, 0].to(noise.device)
         if i > 0:
             x[rows] = euler_step(x[rows], times[i - 1], times[i], v[rows])
         v[rows] = student(x[rows], times[i].expand(len(rows)), take(cond, rows))
-    return Anchor(x, schedule[index].to(noise, non_blocking=True), v)
+    # FSDP gathers weights in every call, so all processes must make the same number of calls. These
+    # fill up to the schedule's length, for one sample each, and nobody looks at their results.
+    if torch.distributed.is_initialized():
+        for t in times[last + 1 :]:
+            student(x[:1], t.expand(1), take(cond, slice(1)))
+    return Anchor(x, schedule[index].to(noise), v)
 
 
 @torch.no_grad()
 def sample(model, noise, times, cond):
-    """Few-step generation: Euler steps along `times`, (N,) descending from 1, then to 0.
-
-    noise: (B, ...). Returns x0, (B, ...).
-    """
+    """Few-step generation: noise to x0, (B, ...), by Euler steps along (N,) times and then to 0."""
     x = noise
     times = torch.cat([times, torch.zeros(1)]).to(noise)
     for t, s in zip(times[:-1], times[1:], strict=True):
@@ -179,12 +169,8 @@ def sample(model, noise, times, cond):
     return x
 
 
-# --- The losses: the student's (Eqs. 3-4; sec. 3.3) and the fake score's. ---
-#
-# The student's losses are pseudo-target regressions. x0_hat carries the student's gradient and is
-# pulled towards sg[x0_hat + w delta]. ca_loss and dm_loss return the loss, a scalar, and w, (B,).
-# To add a loss, write a function here, give it a weight in CDM and in check(), a name in
-# draw_iteration's `tau`, and a call in cdm_iteration.
+# The losses. The student's (Eqs. 3-4; sec. 3.3) are pseudo-target regressions: x0_hat carries its
+# gradient and is pulled towards sg[x0_hat + w delta]. They return a scalar and w, (B,).
 #
 # Convention, as in the authors' code: no 1/2 and a mean over all entries, so that
 # dL/dx0_hat = -2 w delta / x0_hat.numel(), where the paper's 1/2 ||.||^2 has -w delta.
@@ -206,8 +192,9 @@ def pseudo_target_loss(x0_hat, delta, w):
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
     """L_CA, CFG augmentation: delta = alpha [D_real(z, c) - D_real(z, uncond)].  (Eqs. 3-4)
 
-    x0_hat: the student's clean estimate at its anchor; tau: (B,), bounded by the anchor's time;
-    noise: fresh; uncond: the empty prompt's condition.
+    It carries the guidance: it moves x0_hat to where the prompt makes a difference. x0_hat: at the
+    anchor; tau: (B,), bounded by the anchor's time, so that guidance does not disturb what the
+    simulation has settled; noise: fresh; uncond: the empty prompt's condition.
     """
     with torch.no_grad():
         z = add_noise(x0_hat, tau, noise)
@@ -220,9 +207,10 @@ def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
 def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
     """L_DM, distribution matching: delta = D_real(z, c) - D_fake(z, c).  (Eqs. 3-4)
 
-    L_CDM (sec. 3.3) is this function with x0_hat from the off-trajectory point. By Tweedie's
-    formula delta is tau^2 / (1 - tau) (s_real - s_fake), the DMD direction. tau: (B,) times; noise:
-    fresh.
+    It keeps the student's samples on the data. By Tweedie's formula delta is
+    tau^2 / (1 - tau) (s_real - s_fake), the DMD direction. tau: (B,); noise: fresh. L_CDM (sec.
+    3.3) is this function with x0_hat from the off-trajectory point: it keeps estimates on the data
+    at times that no schedule visits.
     """
     with torch.no_grad():
         z = add_noise(x0_hat, tau, noise)
@@ -232,31 +220,18 @@ def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
     return pseudo_target_loss(x0_hat, d_real - d_fake, w), w
 
 
-def fake_score_loss(fake_score, x0, cond, tau, noise):
-    """L_fake = || v_phi(z, tau, c) - (noise - x0) ||^2: flow matching on the student's x0."""
-    x0 = x0.detach()
-    z = add_noise(x0, tau, noise)
-    return F.mse_loss(fake_score(z, tau, cond), noise - x0)
-
-
-# --- The settings and the randomness of one iteration. ---
-#
-# The comment beside a field is its flag's help, and each class is a group of flags in --help.
+def fake_score_loss(fake_score, x0_hat, cond, tau, noise):
+    """L_fake = || v_phi(z, tau, c) - (noise - x0_hat) ||^2: flow matching on student samples."""
+    x0_hat = x0_hat.detach()
+    z = add_noise(x0_hat, tau, noise)
+    return F.mse_loss(fake_score(z, tau, cond), noise - x0_hat)
 
 
 @dataclass
-class AnchorAware:
-    """NOT IN THE PAPER: a fake score that knows where its clean estimate was made."""
+class CDMConfig:
+    """The method, with the defaults that the authors published for SD3-Medium.
 
-    anchor_aware_fake: bool = False  # the fake score sees the time at which an estimate was made
-    anchor_lr: float = 1e-3  # learning rate of the layer that embeds this time
-
-
-@dataclass
-class CDM(AnchorAware):
-    """The method. Defaults are as the authors published them; what the paper ran is not known.
-
-    They are for SD3-Medium and, by our reading of the authors' code, for bf16 weights.
+    By our reading they belong to bf16 weights. Which version gave the paper's numbers is not known.
     """
 
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
@@ -286,8 +261,8 @@ class Draw:
     """All the randomness of one iteration, so that the iteration itself is a plain function."""
 
     schedule: torch.Tensor  # (N,) descending times, the same for all samples; on the CPU
-    index: torch.Tensor  # (B,) anchor index i, shared by the fake score and all losses; on the CPU
-    t_off: torch.Tensor  # (B,) t', where L_CDM looks
+    index: torch.Tensor  # (B,) anchor index, shared by the fake score and all losses; on the CPU
+    t_off: torch.Tensor  # (B,) t', the time of the off-trajectory point
     tau: dict  # (B,) for each of "ca", "dm", "cdm", "fake": the time of its re-noising
     noise: dict  # (B, ...) for the same names, and for "start": x at t = 1
 
@@ -301,8 +276,8 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     """The Draw of iteration k = 1, 2, ... for a part of the batch.
 
     batch: samples over all processes; shape: of one sample; shift: of the schedule's times; rows:
-    the part. A sample's draws do not depend on how the batch is divided. Each loss has generators
-    of its own, so a new loss changes no other draw.
+    this process's part. A sample's draws do not depend on how the batch is divided. Each loss has
+    generators of its own, so a new loss changes no other draw.
     """
     gen = generator(seed, k, "schedule")
     if cfg.schedule == "dynamic":
@@ -310,9 +285,9 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
             cfg.max_schedule_steps, cfg.time_low, cfg.time_high, shift, cfg.stratified, gen
         )
     else:
-        schedule = uniform_times(4, shift)
+        schedule = sampling_times(4, shift)
     index = torch.randint(len(schedule), (batch,), generator=gen)[rows]
-    t_i = schedule[index].to(device, non_blocking=True)
+    t_i = schedule[index].to(device)
 
     def uniform(name):
         gen = generator(seed, k, "time", name, device=device)
@@ -333,50 +308,39 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
     noise = {name: normal(name) for name in ("start", *tau)}
 
-    if cfg.cdm_point == "anchor":  # the paper's ablation: L_CDM stays on the trajectory
-        t_off = t_i
-    else:  # t' ~ U(0, 1], whatever the schedule
-        t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)
+    t_off = uniform("off").clamp(cfg.tau_min, cfg.tau_max)  # t' ~ U(0, 1], whatever the schedule
     if cfg.cdm_point == "renoise":
         noise["off"] = normal("off")
     return Draw(schedule, index, t_off, tau, noise)
 
 
-# --- One iteration. ---
-
-
 class Learner:
-    """A network in training: AdamW, linear warm-up, gradient clipping.
+    """A network in training: AdamW, linear warm-up, gradient clipping. params: tensors by name."""
 
-    groups: [(parameters by name, learning rate)], of the model.
-    """
-
-    def __init__(self, model, groups, cfg):
+    def __init__(self, model, params, lr, cfg):
         self.model = model
+        self.params = params
+        self.lr = lr
         self.cfg = cfg
         self.updates = 0
-        self.params = {}
-        param_groups = []
-        for params, lr in groups:
-            self.params |= params
-            param_groups.append({"params": list(params.values()), "base_lr": lr})
-        # step() sets the learning rates.
-        self.optimizer = torch.optim.AdamW(param_groups, weight_decay=cfg.weight_decay, fused=True)
-        # AdamW's state exists before its first step, so that a resumed run has tensors to fill.
-        for p in self.params.values():
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        decay = cfg.weight_decay
+        self.optimizer = torch.optim.AdamW(params.values(), weight_decay=decay, fused=True)
+        # AdamW makes its state at its first step. It is made here, so that resume() can fill it.
+        for p in params.values():
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = moments | {"step": torch.zeros((), device=p.device)}
+
+    def tensors(self):
+        """All that training changes: the weights and AdamW's state, as live tensors by name."""
+        state = {name: self.optimizer.state[p] for name, p in self.params.items()}
+        return {"weights": self.params, "adamw": state}
 
     def step(self):
         """Clip, update and free the gradients. Returns their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip)
         self.updates += 1
         warm = min(1.0, self.updates / max(self.cfg.warmup, 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = warm * group["base_lr"]
+        self.optimizer.param_groups[0]["lr"] = warm * self.lr
         self.optimizer.step()
         # This frees them: student and fake score never hold gradients at the same time.
         self.optimizer.zero_grad()
@@ -385,1242 +349,596 @@ class Learner:
 
 @torch.no_grad()
 def average_into(params, others, decay):
-    """p <- decay p + (1 - decay) other, in place, for each name in `others`."""
+    """p <- decay p + (1 - decay) other, in place, for each name in `others`. 0 copies."""
     for name, other in others.items():
         p = params[name]
         p.lerp_(other.to(p.device, p.dtype), 1 - decay)
 
 
-@torch.no_grad()
-def make_missing_calls(model, anchor, cond, draw):
-    """FSDP gathers weights in every call, so all processes must make the same number of calls.
+def off_trajectory_point(anchor, draw, cfg):
+    """x_{t'} and t', where L_CDM looks.  (sec. 3.3, Eq. 7, and two of the paper's ablations)"""
+    if cfg.cdm_point == "anchor":  # ablation: stay on the trajectory
+        return anchor.x_t, anchor.t
+    if cfg.cdm_point == "renoise":  # ablation: noise the clean estimate again
+        x0_hat = clean_estimate(anchor.x_t, anchor.t, anchor.v)
+        return add_noise(x0_hat, draw.t_off, draw.noise["off"]), draw.t_off
+    # Eq. 7: along the velocity that backward simulation recorded, to any time t'.
+    return euler_step(anchor.x_t, anchor.t, draw.t_off, anchor.v), draw.t_off
 
-    Backward simulation makes as many as this process's latest anchor needs. The calls here fill up
-    to the schedule's length, for one sample each, and nobody looks at their results.
-    """
-    for _ in range(int(draw.index.max()) + 1, len(draw.schedule)):
-        model(anchor.x_t[:1], anchor.t[:1], take(cond, slice(1)))
 
-
-def cdm_iteration(k, batches, teacher, student, fake_score, ema, cfg):
+def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg, micro_batch=0):
     """Iteration k = 1, 2, ...: simulate, update the fake score, and every R-th time the student.
 
-    batches: micro-batches [(cond, uncond, Draw)], whose gradients accumulate; teacher: a model;
-    student, fake_score: Learners; ema: the student's averaged parameters by name.
-    Returns scalar tensors by name, for the log.
+    cond: of the B samples; uncond: of one sample; teacher: a model; student, fake_score: Learners;
+    ema: tensors by name; micro_batch: samples that pass with gradient at a time, 0 for all.
+    Returns scalar tensors by name, to log.
     """
-    scale = 1 / len(batches)
-    stats = {}
+    batch = len(draw.index)
+    size = micro_batch or batch
+    parts = [slice(i, i + size) for i in range(0, batch, size)]
+    tau, noise = draw.tau, draw.noise
+    stats = {"N": torch.tensor(float(len(draw.schedule)))}
 
-    def record(**values):
+    def record(share, **values):
         for name, value in values.items():
-            stats[name] = stats.get(name, 0) + scale * value.detach()
+            stats[name] = stats.get(name, 0) + share * value.detach()
 
-    def student_estimate(x_t, t, cond):  # D_theta
-        return clean_estimate(x_t, t, student.model(x_t, t, cond))
+    # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
+    anchor = backward_simulation(student.model, noise["start"], draw.schedule, draw.index, cond)
+    x_off, t_off = off_trajectory_point(anchor, draw, cfg)
 
-    def fake_score_for(made_at):
-        """The fake score. NOT IN THE PAPER: an anchor-aware one is told when x0 was made."""
-        if cfg.anchor_aware_fake:
-            return partial(fake_score.model, made_at=made_at)
-        return fake_score.model
-
-    points = []
-    for cond, _, d in batches:
-        # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
-        anchor = backward_simulation(student.model, d.noise["start"], d.schedule, d.index, cond)
-        if torch.distributed.is_initialized():
-            make_missing_calls(student.model, anchor, cond, d)
-
-        # Eq. 1 with the recorded velocity: the clean estimate needs no further evaluation.
-        x0 = clean_estimate(anchor.x_t, anchor.t, anchor.v)
-        # Off-trajectory point (sec. 3.3, Eq. 7): along the recorded velocity to any time t'.
-        x_off = euler_step(anchor.x_t, anchor.t, d.t_off, anchor.v)
-        if cfg.cdm_point == "renoise":  # the paper's ablation of Eq. 7
-            x_off = add_noise(x0, d.t_off, d.noise["off"])
-        points.append((anchor, x_off))
-
-        # Fake score, in every iteration: flow matching on the student's clean estimates.
-        made_at = anchor.t
-        if cfg.anchor_aware_fake and cfg.cdm_weight:
-            # NOT IN THE PAPER: L_CDM evaluates this fake score at t', so it must learn there, too.
-            # In every other iteration the even rows, in the others the odd rows, are replaced by
-            # the estimate that the student makes at t'.
-            rows = slice(k % 2, None, 2)
-            if len(x0[rows]):  # none in a micro-batch of 1, every other time
-                with torch.no_grad():
-                    x0[rows] = student_estimate(x_off[rows], d.t_off[rows], take(cond, rows))
-                made_at = anchor.t.clone()
-                made_at[rows] = d.t_off[rows]
-        loss = fake_score_loss(fake_score_for(made_at), x0, cond, d.tau["fake"], d.noise["fake"])
-        record(loss_fake=loss)
-        (scale * loss).backward()
+    # Fake score, in every iteration: flow matching on the student's clean estimates. Eq. 1 with the
+    # recorded velocity: they need no further evaluation.
+    x0_hat = clean_estimate(anchor.x_t, anchor.t, anchor.v)
+    for rows in parts:
+        x0, c = x0_hat[rows], take(cond, rows)
+        share = len(x0) / batch
+        loss = fake_score_loss(fake_score.model, x0, c, tau["fake"][rows], noise["fake"][rows])
+        (share * loss).backward()
+        record(share, loss_fake=loss)
     stats["grad_norm_fake"] = fake_score.step()
     # phi is pulled to theta. In bf16 most of this pull is lost to rounding. By our reading the
-    # published code has the same effect.
+    # published code has the same effect. With LoRA the factors A and B are averaged, not B A.
     average_into(fake_score.params, student.params, cfg.fake_pull)
     if k % cfg.student_every != 0:
         return stats
 
-    # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM.
-    for (cond, uncond, d), (anchor, x_off) in zip(batches, points, strict=True):
-        tau, noise = d.tau, d.noise
+    # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM. Each graph is freed by its backward
+    # pass before the next is built.
+    for rows in parts:
         # L_CA and L_DM at the anchor, from one evaluation of the student.
-        if cfg.ca_weight or cfg.dm_weight:
-            x0_hat = student_estimate(anchor.x_t, anchor.t, cond)
-            loss = 0
-            if cfg.ca_weight:
-                ca, w = ca_loss(x0_hat, teacher, cond, uncond, tau["ca"], noise["ca"], cfg.alpha)
-                loss = loss + cfg.ca_weight * ca
-                record(loss_ca=ca, w_ca=w.mean())
-            if cfg.dm_weight:
-                fake = fake_score_for(anchor.t)
-                dm, w = dm_loss(x0_hat, teacher, fake, cond, tau["dm"], noise["dm"])
-                loss = loss + cfg.dm_weight * dm
-                record(loss_dm=dm, w_dm=w.mean())
-            (scale * loss).backward()  # now, so that only one graph is in memory at a time
-
+        c = take(cond, rows)
+        x_t, t = anchor.x_t[rows], anchor.t[rows]
+        share = len(t) / batch
+        z = {name: (tau[name][rows], noise[name][rows]) for name in tau}
+        x0_hat = clean_estimate(x_t, t, student.model(x_t, t, c))
+        ca, w_ca = ca_loss(x0_hat, teacher, c, repeat(uncond, len(t)), *z["ca"], cfg.alpha)
+        dm, w_dm = dm_loss(x0_hat, teacher, fake_score.model, c, *z["dm"])
+        (share * (cfg.ca_weight * ca + cfg.dm_weight * dm)).backward()
+        record(share, loss_ca=ca, w_ca=w_ca.mean(), loss_dm=dm, w_dm=w_dm.mean())
         # L_CDM at the off-trajectory point, from a second evaluation.
         if cfg.cdm_weight:
-            x0_hat = student_estimate(x_off, d.t_off, cond)
-            fake = fake_score_for(d.t_off)
-            cdm, w = dm_loss(x0_hat, teacher, fake, cond, tau["cdm"], noise["cdm"])
-            (scale * cfg.cdm_weight * cdm).backward()
-            record(loss_cdm=cdm, w_cdm=w.mean())
-    decay = min((1 + student.updates) / (10 + student.updates), cfg.ema_decay)
+            x_t, t = x_off[rows], t_off[rows]
+            x0_hat = clean_estimate(x_t, t, student.model(x_t, t, c))
+            cdm, w_cdm = dm_loss(x0_hat, teacher, fake_score.model, c, *z["cdm"])
+            (share * cfg.cdm_weight * cdm).backward()
+            record(share, loss_cdm=cdm, w_cdm=w_cdm.mean())
+    n = student.updates  # before this one
     stats["grad_norm_student"] = student.step()
-    average_into(ema, student.params, decay)  # theta_bar
+    average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))  # theta_bar
     return stats
 
 
-# ==================================================================================================
-# 2. Model families: a diffusers pipeline as the algorithm needs it. A new family is a class beside
-#    SD3 and LongCatImage, named in FAMILIES. It has absent, max_tokens, encode, velocity and
-#    call_options, which SD3 documents, and lora_targets if Family's do not fit.
-# ==================================================================================================
+# ==== 2. Model families: a diffusers pipeline as the algorithm needs it ===========================
 
-ASSETS = Path(__file__).parent / "assets"  # the default prompts, the exported student's README
-LORA_FILE = "pytorch_lora_weights.safetensors"
-GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # no file is to blame
-
-
-class Mistake(Exception):
-    """What the user can correct, in one sentence. main() prints it and exits with code 2."""
-
-    of_one_process = False  # under torchrun, whether the others may not have met it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
+RANK = int(os.environ.get("RANK", 0))  # torchrun's: the number of this process,
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 
 
 def require(condition, sentence):
+    """Unless it holds, say in one sentence what the user can correct, and exit with code 2."""
     if not condition:
-        raise Mistake(sentence)
-
-
-def one_line(error):
-    """An exception's message on one line; of a long one, its start and its end."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return text if len(text) < 300 else f"{text[:120]} ... {text[-180:]}"
-
-
-@contextlib.contextmanager
-def explained(what, advice):
-    """Turn every failure inside into one sentence: what failed, the reason, and advice."""
-    try:
-        yield
-    except (Mistake, *GPU_ERRORS):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        mistake = Mistake(f"{what}: {reason}: {advice}.")
-        mistake.of_one_process = True
-        raise mistake from None
-
-
-class AnchorTime(torch.nn.Module):
-    """NOT IN THE PAPER: a zero-initialised layer of sin/cos features of t (B,) -> (B, width)."""
-
-    def __init__(self, width, features=64):
-        super().__init__()
-        frequency = torch.logspace(0, 2, features)  # 1 to 100, for t in [0, 1]
-        self.register_buffer("frequency", frequency, persistent=False)
-        self.linear = torch.nn.Linear(2 * features, width)
-        torch.nn.init.zeros_(self.linear.weight)
-        torch.nn.init.zeros_(self.linear.bias)
-
-    def forward(self, t):
-        angle = t[:, None] * self.frequency
-        return self.linear(torch.cat([angle.sin(), angle.cos()], 1))
-
-
-class Model:
-    """A family's transformer as a model(x_t, t, cond) -> v. Latents: (B, C, h, w), float32."""
-
-    def __init__(self, transformer, family):
-        self.transformer = transformer
-        self.family = family
-        self.anchor_time = None  # an AnchorTime, for the anchor-aware fake score
-
-    def __call__(self, x_t, t, cond, made_at=None):
-        bf16 = self.family.dtype == torch.bfloat16
-        # No autocast cache: it would keep a bf16 copy of every float32 weight that trains.
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            if made_at is not None:
-                *rest, last = cond  # SD3's pooled embedding (B, width), LongCat-Image's text
-                embedded = self.anchor_time(made_at).to(last.dtype)
-                if last.ndim == 3:  # (B, tokens, width): the same for all tokens
-                    embedded = embedded[:, None]
-                cond = (*rest, last + embedded)
-            return self.family.velocity(self.transformer, x_t, t, cond).float()
-
-    def parameters(self):
-        """What is trained or averaged, by name: all parameters, or those of a LoRA alone."""
-        named = self.transformer.named_parameters()
-        # peft's adapter is called "default".
-        return {name.replace(".default.", "."): p for name, p in named if p.requires_grad}
+        if RANK == 0:  # all processes find the same
+            print(f"cdm.py: {' '.join(sentence.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Family:
-    """What the families share: loading, conditions, latent shape, time shift, decoding.
+    """A loaded pipeline. To add a family, write a class like SD3, and name it in load_family.
 
-    folder: the teacher's files; absent: parts not to load, {name: None}; student: for sampling, a
-    folder whose network or LoRA replaces the teacher's. Raises Mistake if it cannot be loaded.
+    What else a new family may need: another patch size here, other blocks in shard, other targets
+    in make_learner.
     """
 
-    # The authors' for SD3: attention and feed-forward, of image and text. In LongCat-Image's single
-    # blocks they find attention alone.
-    lora_targets = (
-        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
-        "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
-        "ff_context.net.2 "
-        "attn2.to_q attn2.to_k attn2.to_v attn2.to_out.0"  # SD3.5's second attention
-    ).split()
+    skip = ()  # parts of the pipeline that are not loaded
 
-    def __init__(self, name, folder, absent, args, device, student=None):
-        from diffusers import DiffusionPipeline
+    def __init__(self, pipe, absent, args):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        self.name = name
-        self.absent = absent
-        self.device = device
-        weights = getattr(torch, args.weights)  # of the transformer; all else is bf16 on a GPU
-        self.dtype = torch.bfloat16 if device.type == "cuda" else weights
-        variant = None
-        stems = [file.stem for file in Path(folder, "transformer").glob("*.safetensors")]
-        if stems and all("." in stem for stem in stems):  # such as model.fp16-00001-of-00002
-            variant = stems[0].split(".")[1].split("-")[0]
-        self.transformer = self.load_transformer(folder, variant, weights, args, student)
-        self.pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=self.dtype, variant=variant, transformer=self.transformer, **absent
-        )
-        self.tokenizers = {}  # of the text encoders that are there
-        for key, part in self.pipe.components.items():
-            if isinstance(part, torch.nn.Module):
-                self.check_weights(part)
-                part.requires_grad_(False).eval()
-                if key.startswith("text_encoder"):
-                    self.prepare_encoder(key, part, args.offload_text_encoders, folder)
-                else:
-                    part.to(device)
-        self.resolution, self.shape = self.latent_shape(args.resolution)
-        self.time_scale = self.pipe.scheduler.config.num_train_timesteps
-        self.shift = self.time_shift()
-        self.empty = self.encode([""])
+        pipe.transformer.requires_grad_(False)
+        self.pipe = pipe
+        self.absent = absent  # {name: None} of the parts that were not loaded
+        self.bf16 = pipe.dtype == torch.bfloat16
+        factor = pipe.vae_scale_factor  # pixels of a latent's side
+        self.resolution = args.resolution or pipe.default_sample_size * factor
+        patch = 2 * factor  # both families cut latents into patches of 2 x 2
+        require(self.resolution % patch == 0, f"--resolution must be a multiple of {patch}.")
+        side = self.resolution // factor
+        self.shape = (pipe.vae.config.latent_channels, side, side)  # of a latent
 
-    def load_transformer(self, folder, variant, weights, args, student):
-        """The teacher's network, or a student's."""
-        from diffusers import AutoModel
+        self.offloaded = []  # tensors of text encoders that are on the GPU only in encode()
+        for name, part in pipe.components.items():
+            if name.startswith("tokenizer") and part:  # without its files it reads all words alike
+                fox, cat = part(["fox", "cat"], truncation=True).input_ids
+                require(fox != cat, f"the teacher's {name} is not complete: copy its files again.")
+            if name.startswith("text_encoder") and part and args.offload_text_encoders:
+                self.offloaded += [*part.parameters(), *part.buffers()]
+            elif isinstance(part, torch.nn.Module):
+                part.to(DEVICE)
+        if DEVICE == "cuda":
+            for x in self.offloaded:
+                x.data = x.data.pin_memory()
+        self.uncond = self.encode([""])  # of one sample
+        self.strips = {}  # of the sample grid, by their labels
 
-        is_lora = student and Path(student, LORA_FILE).exists()
-        if student and not is_lora:
-            return AutoModel.from_pretrained(str(student), dtype=weights)
-        options = {"subfolder": "transformer", "variant": variant, "dtype": weights}
-        config = json.loads(Path(folder, "transformer", "config.json").read_text())
-        if config.get("sample_size", 1) is None:
-            require(args.resolution, f"{self.name} does not say its size: give --resolution.")
-            options["sample_size"] = args.resolution  # the pipeline fails on null; else unused
-        net = AutoModel.from_pretrained(folder, **options)
-        if is_lora:
-            layers = load_file(Path(student, LORA_FILE))
-            net.load_lora_adapter(layers)
-            found = sum("lora_" in name for name, _ in net.named_parameters())
-            sentence = f"the LoRA in {student} does not fit this teacher: give one made from it."
-            require(layers and found == len(layers), sentence)
-        return net
-
-    def check_weights(self, part):
-        """Raise Mistake if a weight is not finite, or in no file: diffusers leaves it on "meta"."""
-        weights = part.state_dict().items()
-        bad = [name for name, x in weights if x.is_meta or not x.isfinite().all()]
-        what = f"of {type(part).__name__}, {one_line(', '.join(bad))} are missing or not finite"
-        require(not bad, f"--teacher {self.name}: {what}: copy its files again.")
-
-    @torch.no_grad()
-    def prepare_encoder(self, name, encoder, offload, folder):
-        """Place a text encoder. Raise Mistake if two prompts have equal embeddings.
-
-        They have if the tokenizer's vocabulary is missing.
-        """
-        if hasattr(encoder, "lm_head"):  # LongCat-Image's computes logits that nobody needs
-            encoder.lm_head = torch.nn.Identity()
-        if offload:
-            encoder.register_forward_pre_hook(self.to_device)
-            encoder.register_forward_hook(self.to_cpu)
-        else:
-            encoder.to(self.device)
-        key = name.replace("text_encoder", "tokenizer")
-        sentence = f"the files of {key} or {name} in {self.name} are not complete: copy them again."
-        require(Path(folder, key, "tokenizer_config.json").exists(), sentence)
-        tokenizer = self.pipe.components[key]
-        self.tokenizers[key] = tokenizer
-        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        tokens = tokenizer(["red fox", "big cat"], **options).input_ids
-        fox, cat = encoder(tokens.to(self.device))[0]
-        require(not torch.equal(fox, cat), sentence)
-
-    def to_device(self, encoder, _):
-        """Hook: with --offload-text-encoders each one is on the GPU only while it runs."""
-        encoder.to(self.device)
-
-    def to_cpu(self, encoder, *_):
-        encoder.to("cpu")
-
-    def latent_shape(self, resolution):
-        """The resolution, of which 0 is the teacher's own, and the shape (C, h, w) of a latent."""
-        pixels = self.pipe.vae_scale_factor  # of a latent's side
-        patch = 2 * pixels  # both families cut latents into patches of 2 x 2
-        resolution = resolution or self.pipe.default_sample_size * pixels
-        # LongCat-Image has no limit. 256 is ours.
-        largest = patch * self.transformer.config.get("pos_embed_max_size", 256)
-        fits = resolution % patch == 0 and resolution <= largest
-        advice = f"give a multiple of {patch} up to {largest}"
-        require(fits, f"--resolution {resolution} does not fit {self.name}: {advice}.")
-        side = resolution // pixels
-        return resolution, (self.pipe.vae.config.latent_channels, side, side)
-
-    def time_shift(self):
-        """The shift of the teacher's scheduler. Raises Mistake unless it samples as sample()."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-            calculate_shift,
-        )
-
-        scheduler = self.pipe.scheduler
-        config = scheduler.config
-        shift = config.get("shift", 1.0)
-        mu = None
-        if config.get("use_dynamic_shifting"):
-            image_tokens = self.shape[1] * self.shape[2] // 4  # of 2 x 2 latents each
-            bounds = (config.base_image_seq_len, config.max_image_seq_len)
-            mu = calculate_shift(image_tokens, *bounds, config.base_shift, config.max_shift)
-            shift = math.exp(mu)
-        agrees = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-        if agrees:  # its options may do more than shift: compare 4 steps of a test ODE, v = x t
-            ours = sample(lambda x, t, _: x * t, torch.ones(1), uniform_times(4, shift), ())
-            x = torch.ones(1)
-            scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
-            for t in scheduler.timesteps:
-                x = scheduler.step(x * t / self.time_scale, t, x).prev_sample
-            agrees = torch.allclose(x, ours, atol=1e-5)
-        advice = "give the teacher a plain FlowMatchEulerDiscreteScheduler"
-        require(agrees, f"the scheduler of {self.name} does more than shift the times: {advice}.")
-        return shift
-
-    def say_what_is_cut(self, prompts):
-        """Print how many prompts are longer than a text encoder reads."""
-        for key, tokenizer in self.tokenizers.items():
-            limit = min(tokenizer.model_max_length, self.max_tokens())
-            count = sum(len(ids) > limit for ids in tokenizer(list(prompts)).input_ids)
-            if count:
-                print(f"cdm.py: {key} cuts {count} of {len(prompts)} prompts at {limit} tokens")
-
-    def uncond(self, n):
-        """The empty prompt's cond for n samples."""
-        return tuple(c.expand(n, *c.shape[1:]) for c in self.empty)
-
-    def guided(self, model, scale):
-        """The model under classifier-free guidance: v(empty) + scale (v(c) - v(empty))."""
-
-        def guided_model(x_t, t, cond):
-            v_empty = model(x_t, t, self.uncond(len(x_t)))
-            return v_empty + scale * (model(x_t, t, cond) - v_empty)
-
-        return guided_model
-
-    @torch.no_grad()
-    def images(self, model, noise, times, cond):
-        """A PIL image for each sample, drawn one by one. noise: a list of (1, C, h, w)."""
-        vae = self.pipe.vae
-        images = []
-        for i, z in enumerate(noise):
-            x0 = sample(model, z.to(self.device), times, take(cond, slice(i, i + 1)))
-            latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-            pixels = vae.decode(latents.to(vae.dtype)).sample.float()
-            sentence = f"{self.name}, or a student of it, draws images that are not finite"
-            advice = "check its files, or train with lower learning rates"
-            require(pixels.isfinite().all(), f"{sentence}: {advice}.")
-            images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
-        return images
-
-    def card(self, folder, prompt, updates, lora):
-        """The README of an exported student: what it is, and the code that draws with it."""
-        absent = dict(self.absent)
-        load = f'pipe.transformer.load_lora_adapter("{folder}", use_safetensors=True)'
-        if not lora:
-            absent["transformer"] = None
-            network = f'diffusers.AutoModel.from_pretrained("{folder}", dtype=torch.bfloat16)'
-            load = f"pipe.transformer = {network}"
-        options = {"height": self.resolution, "width": self.resolution, "guidance_scale": 1.0}
-        template = (ASSETS / "student_README.md").read_text(encoding="utf-8")
-        return template.format(
-            teacher=self.name,
-            updates=updates,
-            absent="".join(f"{part}=None, " for part in absent),
-            load=load,
-            prompt=repr(prompt),
-            options=options | self.call_options(),
-        )
-
-
-class SD3(Family):
-    """Stable Diffusion 3. cond: text (B, tokens, width) and pooled (B, width) embeddings."""
-
-    absent = {}  # parts not to load, as {name: None}
-
-    def max_tokens(self):
-        """The longest text sequence: T5's. CLIP's is shorter."""
-        return min(256, getattr(self.pipe.tokenizer_3, "model_max_length", 256))
+        # The shift of the teacher's scheduler, which must do nothing else with the times. A dynamic
+        # one is e^mu, where mu is linear in the number of image tokens.
+        config = pipe.scheduler.config
+        tokens = (side // 2) ** 2
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+        self.shift = math.exp(mu) if config.use_dynamic_shifting else config.shift
+        pipe.scheduler.set_timesteps(sigmas=sampling_times(4).tolist(), mu=mu)
+        plain = torch.allclose(pipe.scheduler.sigmas[:-1], sampling_times(4, self.shift))
+        require(plain, "the teacher's scheduler does more than shift the times: give a plain one.")
 
     @torch.no_grad()
     def encode(self, prompts):
-        """A list of prompts -> cond. An anchor's time is added to its last part."""
+        """A list of prompts -> cond."""
+        home = [x.data for x in self.offloaded]
+        for x in self.offloaded:
+            x.data = x.data.to(DEVICE, non_blocking=True)
+        cond = self.embed(prompts)
+        for x, data in zip(self.offloaded, home, strict=True):
+            x.data = data  # nothing is copied back
+        return cond
+
+    def predict(self, net, x_t, t, cond, guidance=1.0):
+        """A transformer's v; partial(predict, net) is a model. guidance: the scale of CFG."""
+        # No autocast cache: it would keep a bf16 copy of every float32 weight that trains.
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            v = self.velocity(net, x_t, t, cond).float()
+            if guidance != 1:
+                v_empty = self.velocity(net, x_t, t, repeat(self.uncond, len(x_t))).float()
+                v = v_empty + guidance * (v - v_empty)
+        return v
+
+    @torch.no_grad()
+    def image(self, model, noise, steps, cond):
+        """The PIL image that a model draws in some steps. noise: (1, C, h, w)."""
+        x0 = sample(model, noise.to(DEVICE), sampling_times(steps, self.shift), cond)
+        vae = self.pipe.vae
+        latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        pixels = vae.decode(latents.to(vae.dtype)).sample.float()
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+
+
+class SD3(Family):
+    """Stable Diffusion 3 and 3.5. cond: text (B, tokens, width), pooled (B, width) embeddings."""
+
+    @property
+    def call_options(self):
+        """Of the pipeline's call: the authors' 256 T5 tokens, or fewer if T5's tokenizer has."""
+        return {"max_sequence_length": min(256, self.pipe.tokenizer_3.model_max_length)}
+
+    def embed(self, prompts):
         text, _, pooled, _ = self.pipe.encode_prompt(
-            prompts,
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_tokens(),
+            prompts, None, None, do_classifier_free_guidance=False, **self.call_options
         )
         return text, pooled
 
     def velocity(self, net, x_t, t, cond):
-        """Call the transformer: (B, C, h, w), t (B,) in [0, 1] -> (B, C, h, w)."""
         text, pooled = cond
-        return net(
-            hidden_states=x_t,
-            timestep=self.time_scale * t,
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-
-    def call_options(self):
-        """What the pipeline's call needs besides, for the exported student's README."""
-        return {"max_sequence_length": self.max_tokens()}
+        return net(x_t, text, pooled, 1000 * t, return_dict=False)[0]  # SD3 counts time to 1000
 
 
 class LongCatImage(Family):
     """LongCat-Image. cond: text embeddings (B, 512, width) alone."""
 
-    absent = {"text_processor": None}  # it rewrites prompts
+    skip = ("text_processor",)  # it rewrites prompts
+    call_options = {"enable_prompt_rewrite": False}
 
-    def max_tokens(self):
-        return self.pipe.tokenizer_max_length
+    def __init__(self, pipe, absent, args):
+        pipe.text_encoder.lm_head = torch.nn.Identity()  # nobody needs its logits
+        super().__init__(pipe, absent, args)
 
-    @torch.no_grad()
-    def encode(self, prompts):
-        text, self.text_ids = self.pipe.encode_prompt(prompts)  # the ids are always the same
+    def embed(self, prompts):
+        # The ids, (512, 3), are those of positions: 0, i, i for all prompts.
+        text, self.text_ids = self.pipe.encode_prompt(prompts)
         return (text,)
 
     def velocity(self, net, x_t, t, cond):
         (text,) = cond
         tokens = F.pixel_unshuffle(x_t, 2)  # (B, 4 C, h / 2, w / 2)
-        side = tokens.shape[-1]  # images are square
-        position = text.shape[1] + torch.arange(side, device=x_t.device)  # after the text
-        modality = torch.ones_like(position[:1])  # of an image
-        image_ids = torch.cartesian_prod(modality, position, position)
-        v = net(
-            hidden_states=tokens.flatten(2).mT,
-            timestep=t,  # the network multiplies by 1000
-            encoder_hidden_states=text,
-            txt_ids=self.text_ids,  # (512, 3): 0, i, i
-            img_ids=image_ids,  # (side x side, 3): 1, row, column
-            return_dict=False,
-        )[0]
+        position = text.shape[1] + torch.arange(tokens.shape[-1], device=x_t.device)
+        modality = torch.ones_like(position[:1])
+        ids = torch.cartesian_prod(modality, position, position)  # of an image: 1, row, column
+        # The network multiplies t by 1000.
+        v = net(tokens.flatten(2).mT, text, t, ids, self.text_ids, return_dict=False)[0]
         return F.pixel_shuffle(v.mT.reshape(tokens.shape), 2)
 
-    def call_options(self):
-        return {"enable_prompt_rewrite": False}
+
+def load_family(args):
+    """--teacher, a hub id or a folder, as its family."""
+    from diffusers import DiffusionPipeline
+
+    families = {"StableDiffusion3Pipeline": SD3, "LongCatImagePipeline": LongCatImage}
+    if args.teacher == "stabilityai/stable-diffusion-3-medium":
+        args.teacher += "-diffusers"  # the other holds single-file checkpoints only
+    try:
+        index = DiffusionPipeline.load_config(args.teacher)  # model_index.json
+    except OSError as error:
+        require(False, f"--teacher {args.teacher} is no folder and no hub id: {error}")
+    kind = index["_class_name"]
+    require(kind in families, f"--teacher is a {kind}: give a {' or a '.join(families)}.")
+    family = families[kind]
+    absent = dict.fromkeys(family.skip)
+    if args.no_t5:  # its tokenizer stays and says the prompts' length
+        absent["text_encoder_3"] = None
+    # What does not train is bf16 on a GPU.
+    dtype = torch.bfloat16 if DEVICE == "cuda" else getattr(torch, args.weights)
+    pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, **absent)
+    return family(pipe, absent, args)
 
 
-FAMILIES = {"StableDiffusion3Pipeline": SD3, "LongCatImagePipeline": LongCatImage}
-
-
-def load_family(args, device, student=None):
-    """--teacher, a hub id or a folder, as its family; student: see Family. Raises Mistake."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    name = args.teacher
-    if name == "stabilityai/stable-diffusion-3-medium":
-        name += "-diffusers"  # the first holds single-file checkpoints only
-    is_folder = os.path.isdir(name)
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
-    require(is_folder or is_hub_id, f"--teacher {name} is neither a folder nor a hub id: check it.")
-    families = " or a ".join(FAMILIES)
-    who = f"--teacher {name}"
-    if student:
-        who += f" with --student {student}"
-    advice = "check the files"
-    if is_hub_id:
-        advice = (
-            f"check the name, accept the licence at https://huggingface.co/{name} and run "
-            "`hf auth login`; if it was downloaded before, set HF_HUB_OFFLINE=1"
-        )
-    with explained(f"{who} cannot be loaded as a {families}", advice):
-        file = Path(name, "model_index.json")
-        if is_hub_id:
-            file = Path(huggingface_hub.hf_hub_download(name, file.name))
-        index = json.loads(file.read_text(encoding="utf-8"))
-        kind = index["_class_name"]
-        require(kind in FAMILIES, f"--teacher {name} is a {kind}: give a {families}.")
-        family = FAMILIES[kind]
-        absent = dict(family.absent)
-        if args.no_t5:  # its tokenizer stays and says the prompts' length
-            require("text_encoder_3" in index, f"--no-t5: a {kind} has no T5, leave the flag out.")
-            absent["text_encoder_3"] = None
-        folder = name
-        if is_hub_id:  # from the cache alone if the hub cannot be reached
-            folder = diffusers.DiffusionPipeline.download(name, **absent)
-        parts = {part: value for part, value in index.items() if isinstance(value, list)}
-        for part, (library, _) in parts.items():
-            if library and part not in absent:
-                sentence = f"--teacher {name} lacks the folder {part}/: copy it, too."
-                require(Path(folder, part).is_dir(), sentence)
-            if not library and part.startswith(("text_encoder", "tokenizer")):
-                absent[part] = None  # it was saved without this part
-        return family(name, folder, absent, args, device, student)
-
-
-# ==================================================================================================
-# 3. Running: the command line, prompts, checkpoints, the loop, the exported student.
-# ==================================================================================================
+# ==== 3. Running: flags, networks, sample grids, checkpoints, the exported student, the loop ======
 
 
 @dataclass
-class Job:
-    """the run"""
+class Settings(CDMConfig):
+    """Everything that the command line sets: the method, the run, memory and speed."""
 
     teacher: str = "stabilityai/stable-diffusion-3-medium"  # hub id or pipeline folder
-    prompts: str = ""  # UTF-8 text file, one prompt a line; none: assets/prompts.txt
-    output_dir: str = ""  # none: runs/cdm, or runs/images with --generate
+    prompts: str = str(Path(__file__).parent / "assets" / "prompts.txt")  # one prompt a line
+    output_dir: str = "runs/cdm"  # log, samples, checkpoints, student
     iterations: int = 4000  # outer iterations, that is, fake-score updates
-    batch_size: int = 0  # samples per update over all GPUs; 0: 16 on each
+    batch_size: int = 16 * WORLD  # samples per update over all GPUs
     resolution: int = 0  # pixels, square; 0: the teacher's own
-    seed: int = 0  # seed of the run, or of --generate
-    resume: bool = False  # continue the run in --output-dir
+    seed: int = 0  # of all draws
     lora_rank: int = 0  # 0: full fine-tuning; the authors' LoRA has rank 64
-    weights: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks; auto: bf16 on GPUs
+    weights: Literal["bfloat16", "float32"] = DTYPE  # of what trains; a LoRA is always float32
+    no_t5: bool = False  # leave out T5, 9.5 GB in bf16
+    resume: bool = False  # continue the run in --output-dir
     save_every: int = 500  # iterations between checkpoints, of which the newest two are kept
     export_every: int = 0  # iterations between students that are kept; 0: the last one only
     sample_every: int = 500  # iterations between sample grids; 0: none
     sample_count: int = 8  # images in a row of the sample grid
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
-
-
-@dataclass
-class Memory:
-    """memory and speed"""
-
-    micro_batch_size: int = 0  # samples per forward pass; 0: up to 4 on a GPU, else all
+    sample_steps: list[int] = field(default_factory=lambda: [4])  # of the grid's few-step rows
+    micro_batch_size: int = 4 if DEVICE == "cuda" else 0  # samples per pass with gradient; 0: all
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     offload_text_encoders: bool = False  # keep text encoders on the CPU between uses
-    offload_ema: bool = False  # full, one GPU: keep the EMA on the CPU; costs seconds an update
-    no_t5: bool = False  # leave out T5, 9.5 GB in bf16
-    compile: bool = False  # torch.compile the transformer's repeated blocks
-
-
-@dataclass
-class Sampling:
-    """sampling"""
-
-    sample_steps: list[int] = field(default_factory=lambda: [4])  # of the grid, and of --generate
-    generate: list[str] = field(default_factory=list)  # draw these prompts instead of training
-    student: str = ""  # with --generate: a run's folder, or a student's
-    times: list[float] = field(default_factory=list)  # with --generate: such as 1 0.9 0.75 0.5
-
-
-@dataclass
-class Settings(Sampling, Memory, Job, CDM):
-    """Everything that the command line sets."""
+    ema_device: Literal["cuda", "cpu"] = DEVICE  # cpu: saves GPU memory, costs seconds an update
 
 
 def parse_args(argv=None):
-    """Settings from the command line: a flag for each field, with its comment as help."""
-    parser = argparse.ArgumentParser(
-        usage="python cdm.py [--flag value ...]",
-        description=__doc__.split("\n\n")[1],
-        allow_abbrev=False,
-    )
+    """Settings from the command line, checked: a flag for each field, with its comment as help."""
+    from transformers import HfArgumentParser
 
-    def error(message):
-        raise Mistake(f"{message}; --help lists the flags.")
-
-    parser.error = error
-    defaults = Settings()
     # A dataclass does not keep its comments, so this file is read: "name: type = default  # help".
     source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): [^#\n]* = [^#\n]*  # (.*)", source, re.M))
-    for group in (Job, CDM, Memory, Sampling, AnchorAware):
-        section = parser.add_argument_group(group.__doc__.splitlines()[0].rstrip("."))
-        for name, kind in group.__annotations__.items():
-            default = getattr(defaults, name)
-            options = {"type": kind}
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction if default else "store_true"}
-            elif get_origin(kind) is list:
-                options = {"type": get_args(kind)[0], "nargs": "+"}
-            elif get_origin(kind) is Literal:
-                options = {"choices": get_args(kind)}
-            text = comments[name] + (f" (default: {default})" if default else "")
-            flag = "--" + name.replace("_", "-")
-            section.add_argument(flag, default=default, help=text, **options)
-    with explained("the command line cannot be read", "give UTF-8 text"):
-        " ".join(sys.argv if argv is None else argv).encode()
+    comments = dict(re.findall(r"^    (\w+): .* = .*  # (.*)", source, re.M))
+    for item in fields(Settings):
+        item.metadata = {"help": comments[item.name]}
+    parser = HfArgumentParser(Settings, usage="cdm.py [--flag value ...]", allow_abbrev=False)
     args = Settings(**vars(parser.parse_args(argv)))
-    args.output_dir = args.output_dir or ("runs/images" if args.generate else "runs/cdm")
-    args.prompts = args.prompts or str(ASSETS / "prompts.txt")
-    for name in ("teacher", "prompts", "output_dir", "student"):
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
-    check(args)
+
+    counts = "iterations save_every sample_count batch_size student_every max_schedule_steps"
+    shares = "time_low time_high tau_min tau_max ema_decay fake_pull"
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low = 1 if name in counts.split() else 0
+            high = 1 if name in shares.split() else math.inf
+            flag = f"--{name.replace('_', '-')}"
+            require(low <= value <= high, f"{flag} must be at least {low} and at most {high}.")
+    require(args.batch_size % WORLD == 0, f"--batch-size must be a multiple of {WORLD} processes.")
+    fresh = not any(Path(args.output_dir).glob("*"))
+    require(args.resume or fresh, "--output-dir is not empty: add --resume, or choose another.")
     return args
 
 
-def check(args):
-    """Raise Mistake for settings that cannot work, and replace "auto"."""
-    at_least_1 = "iterations save_every sample_count student_every max_schedule_steps".split()
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            low = 1 if name in at_least_1 else 0
-            flag = "--" + name.replace("_", "-")
-            require(low <= value <= 1e18, f"{flag} is {value}: give {low} to 1e18.")
-    weights = args.ca_weight + args.dm_weight + args.cdm_weight
-    require(weights > 0, "--ca-weight, --dm-weight and --cdm-weight are all 0: give one a weight.")
-    require(args.clip > 0, "--clip is 0: give a positive limit.")
-    require(max(args.ema_decay, args.fake_pull) <= 1, "--ema-decay and --fake-pull are at most 1.")
-    require(0 < args.time_low < args.time_high < 1, "0 < --time-low < --time-high < 1 must hold.")
-    require(0 < args.tau_min < args.tau_max < 1, "0 < --tau-min < --tau-max < 1 must hold.")
-    steps = args.sample_steps
-    require(1 <= min(steps) <= max(steps) <= 50, f"--sample-steps {steps}: give 1 to 50.")
-    if args.times:
-        falling = args.times[0] == 1 and all(t > s > 0 for t, s in itertools.pairwise(args.times))
-        require(falling, "--times must start at 1, fall, and stay above 0.")
-    if args.offload_ema:
-        one_process = int(os.environ.get("WORLD_SIZE") or 1) == 1
-        fits = one_process and not args.lora_rank and not args.generate
-        require(fits, "leave out --offload-ema: it is for full fine-tuning on one GPU.")
-    if args.student or args.times:
-        require(args.generate, "--student and --times go with --generate PROMPT.")
-    cuda = torch.cuda.is_available()
-    require(cuda or args.device != "cuda", "there is no CUDA device: use --device cpu.")
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
-    if args.weights == "auto":
-        args.weights = "bfloat16" if args.device == "cuda" else "float32"
-
-
-def read_prompts(path):
-    """The lines of a UTF-8 file that are not blank, without duplicates. Raises Mistake."""
-    path = Path(path)
-    require(path.suffix.lower() in ("", ".txt"), f"--prompts {path}: give plain text, a .txt file.")
-    with explained(f"--prompts {path} cannot be read", "give UTF-8 text"):
-        text = path.read_text(encoding="utf-8").replace("\ufeff", "")  # byte-order marks
-    prompts = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
-    other = ("{", "[", "<", "version https://git-lfs")  # JSON, HTML, a file that is elsewhere
-    plain = prompts and "\0" not in text and not prompts[0].startswith(other)
-    require(plain, f"--prompts {path} holds no prompt that is plain text: give one prompt a line.")
+def read_prompts(file):
+    """The different prompts of a text file, one a line."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeError) as error:
+        require(False, f"--prompts {file} cannot be read: {error}")
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    require(prompts, f"--prompts {file} holds no prompt: give one a line.")
     return prompts
 
 
-def blocks(net):
-    """A transformer's repeated blocks."""
-    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", [])]
-
-
-def shard(net, parts, device):
-    """FSDP2: shard a network and its parts over all ranks, with bf16 compute on GPUs."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    compute = torch.bfloat16 if device.type == "cuda" else None
+def shard(net):
+    """FSDP2: shard a network over all processes, block by block, in place. Returns it."""
+    if WORLD == 1:
+        return net
     # Inputs are not cast: SD3's timestep near 1000 would be off by up to 2 in bf16.
+    compute = torch.bfloat16 if DEVICE == "cuda" else None
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    for part in [*parts, net]:
+    for part in [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", []), net]:
         # The root reshards too, because average_into edits the shards in place.
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+    return net
 
 
-def gather(x):
-    """Gather a sharded tensor from all ranks; return any other tensor as it is."""
+LORA_TARGETS = (  # the authors' for SD3: attention and feed-forward, of image and text
+    "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
+    "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2"
+).split()
+
+
+def make_learner(family, lr, args):
+    """A Learner that starts as the teacher: a copy of it, or a LoRA around its own weights."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    teacher = family.pipe.transformer
+    if args.lora_rank:
+        # deepcopy takes what its memo lists as it is: new modules around the teacher's weights.
+        net = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()})
+        torch.manual_seed(args.seed)  # of peft's draws: all processes start from the same A
+        rank = args.lora_rank
+        net.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS))
+        for module in net.modules():
+            if isinstance(module, LoraLayer):  # inputs would be copied to float32, then cast back
+                module.cast_input_dtype_enabled = False
+    else:
+        net = copy.deepcopy(teacher).requires_grad_(True)
+    cast_training_params(net, torch.float32 if args.lora_rank else getattr(torch, args.weights))
+    if args.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    shard(net)
+    params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    return Learner(partial(family.predict, net), params, lr, args)
+
+
+def full(x):
+    """Gather a sharded tensor from all processes; return any other tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def draw_grid(rows, path):
-    """Write one PNG from rows of (label, PIL images), small images enlarged."""
+def sample_grid(k, family, student, ema, cond, args, side=384):
+    """samples/step_NNNNNN.png: the EMA student's images under the teacher's, `side` pixels each."""
     from PIL import Image, ImageDraw
 
-    side = min(max(rows[0][1][0].width, 96), 512)
-    grid = Image.new("RGB", ((side + 4) * len(rows[0][1]) - 4, (side + 20) * len(rows)), "white")
-    for y, (label, images) in enumerate(rows):
-        top = y * (side + 20)
-        ImageDraw.Draw(grid).text((2, top + 2), label, fill="black", font_size=13)
-        for x, image in enumerate(images):
-            image = image.resize((side, side), Image.Resampling.BOX)  # pixels stay squares
-            grid.paste(image, (x * (side + 4), top + 20))
-    grid.save(path, "PNG")
+    n = args.sample_count
+    scale = 1 + args.alpha if args.ca_weight else 1
+    teacher = partial(family.predict, family.pipe.transformer)
+    rows = [(f"teacher, steps: 28, guidance {scale:g}", partial(teacher, guidance=scale), 28)]
+    for steps in args.sample_steps:
+        rows.append((f"teacher, steps: {steps}, no guidance", teacher, steps))
+        rows.append((f"student, steps: {steps}", student.model, steps))
+
+    # The student's network has the EMA's weights while it draws.
+    own = {name: p.detach().clone() for name, p in student.params.items()}
+    average_into(student.params, ema, decay=0)
+    grid = Image.new("RGB", (side * n, (side + 20) * len(rows)))
+    for y, (label, model, steps) in enumerate(rows):
+        if model is student.model or label not in family.strips:  # the teacher's never change
+            strip = Image.new("RGB", (side * n, side + 20), "white")
+            ImageDraw.Draw(strip).text((2, 2), label, fill="black", font_size=13)
+            for i in range(n):
+                noise = torch.randn(1, *family.shape, generator=generator(args.seed, "sample", i))
+                image = family.image(model, noise, steps, take(cond, slice(i, i + 1)))
+                image = image.resize((side, side), Image.Resampling.BOX)
+                strip.paste(image, (i * side, 20))
+            family.strips[label] = strip
+        grid.paste(family.strips[label], (0, y * (side + 20)))
+    average_into(student.params, own, decay=0)
+    if RANK == 0:
+        grid.save(Path(args.output_dir, "samples", f"step_{k:06d}.png"))
 
 
-@contextlib.contextmanager
-def own_errors():
-    """dcp wraps what goes wrong inside, even Ctrl-C, in one exception. Raise it unwrapped."""
-    try:
-        yield
-    except dcp.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+def save(k, tensors, args):
+    """checkpoint_NNNNNN, each process its own shards. It appears whole or not at all."""
+    folder = Path(args.output_dir)
+    unfinished = folder / "unfinished"
+    if RANK == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a save that was killed
+    dcp.save(tensors, checkpoint_id=unfinished)  # waits for all processes before it writes
+    if RANK > 0:
+        return
+    (unfinished / "run.json").write_text(json.dumps(vars(args) | {"k": k}, indent=1))
+    unfinished.rename(folder / f"checkpoint_{k:06d}")
+    for old in sorted(folder.glob("checkpoint_[0-9]*"))[:-2]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # network file systems may refuse
+            warnings.warn(f"an old checkpoint stays: {error}", stacklevel=1)
 
 
-class Run:
-    """One training run: its four networks, the prompts, and the files in --output-dir.
-
-    A resumed run goes on as the run that never stopped would. save() writes every tensor that
-    training changes. All else is a function of the settings and of k, the iterations done, because
-    every random draw is seeded with (seed, k). settings() holds what must agree. On a CPU with the
-    same number of threads the result is the same bit for bit. GPUs of one model and other numbers
-    of processes sum in another order, so each iteration agrees to rounding.
-    """
-
-    def __init__(self, args, device, rank=0, world=1):
-        self.args = args
-        self.device = device
-        self.rank = rank
-        self.world = world
-        self.k = 0
-        self.stop = False  # a signal sets it
-        self.log = ""  # the log's text at the checkpoint from which the run continues
-        self.folder = Path(args.output_dir)
-        self.log_file = self.folder / "log.jsonl"
-        used = any(path.name != "lock" for path in self.folder.glob("*"))
-        advice = "add --resume to continue its run, or choose another"
-        require(args.resume or not used, f"--output-dir {self.folder} is not empty: {advice}.")
-        begun = self.log_file.exists() or self.checkpoints()
-        require(begun or not args.resume, f"--resume: no run is in {self.folder}.")
-        args.batch_size = args.batch_size or 16 * world
-        least = world * (args.micro_batch_size or 1)
-        rule = f"must be a multiple of {least}: processes times --micro-batch-size"
-        require(args.batch_size % least == 0, f"--batch-size {args.batch_size} {rule}.")
-        self.batch = args.batch_size // world
-        if not args.micro_batch_size:
-            args.micro_batch_size = self.batch
-            if device.type == "cuda":
-                args.micro_batch_size = math.gcd(self.batch, 4)  # 4, 2 or 1
-
-        self.prompts = read_prompts(args.prompts)
-        self.family = load_family(args, device)
-        # Tells teachers apart, wherever their files lie.
-        weights = self.family.transformer.parameters()
-        size = sum(p.abs().sum(dtype=torch.float64) for p in weights)
-        self.identity = f"of weights that sum to {size:.8g}, of shift {self.family.shift:g}"
-        self.build()
-        self.rehearse()
-
-    def full_networks(self):
-        """Full fine-tuning: ema, fake_score, student and teacher, each with weights of its own.
-
-        The EMA's parameters require gradients, too: Model.parameters() returns those that do.
-        """
-        teacher = self.family.transformer
-        ema = copy.deepcopy(teacher).requires_grad_(True).float()  # in bf16 small steps round away
-        yield ema.to("cpu" if self.args.offload_ema else self.device)
-        fake_score = copy.deepcopy(teacher).requires_grad_(True)
-        yield fake_score
-        student = copy.deepcopy(teacher).requires_grad_(True)
-        yield student
-        # Parameters alone. Position embeddings are buffers. If they were rounded, teacher and
-        # student would differ before any update.
-        for p in teacher.parameters():
-            p.data = p.data.to(self.family.dtype)
-        yield teacher
-
-    def lora_networks(self):
-        """LoRA: the same four. All but the teacher have an adapter and the teacher's weights."""
-        from peft import LoraConfig
-
-        teacher = self.family.transformer
-        rank = self.args.lora_rank
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.family.lora_targets)
-        frozen = {id(x): x for x in (*teacher.parameters(), *teacher.buffers())}
-        for _ in ("ema", "fake_score", "student"):
-            # deepcopy takes what its memo lists as it is: new modules around the teacher's tensors.
-            # It also writes to the memo, so each network gets one of its own.
-            net = copy.deepcopy(teacher, dict(frozen))
-            torch.manual_seed(self.args.seed)  # peft draws from this generator: all start alike
-            net.add_adapter(config)
-            for p in net.parameters():
-                if p.requires_grad:
-                    p.data = p.data.float()
-            yield net
-        yield teacher
-
-    def build(self):
-        """Make models of the four networks, and Learners of the two that are trained."""
-        args = self.args
-        networks = self.full_networks()
-        if args.lora_rank:
-            networks = self.lora_networks()
-        if args.compile:
-            # Blocks are compiled anew for each network and batch size, with and without gradients,
-            # more often than torch allows by default.
-            torch._dynamo.config.recompile_limit = 64
-        models = []
-        for net in networks:  # each is sharded before the next is made
-            if args.compile:
-                for block in blocks(net):
-                    block.compile()
-            if self.world > 1:
-                shard(net, blocks(net), self.device)
-            models.append(Model(net, self.family))
-        ema, fake, student, teacher = models
-        if args.gradient_checkpointing:
-            student.transformer.enable_gradient_checkpointing()
-            fake.transformer.enable_gradient_checkpointing()
-        groups = [(fake.parameters(), args.fake_lr)]
-        if args.anchor_aware_fake:
-            layer = AnchorTime(self.family.empty[-1].shape[-1]).to(self.device)
-            if self.world > 1:
-                shard(layer, [], self.device)
-            fake.anchor_time = layer
-            params = {f"anchor_time.{name}": p for name, p in layer.named_parameters()}
-            groups.append((params, args.anchor_lr))
-        self.teacher = teacher
-        self.fake_score = Learner(fake, groups, args)
-        self.student = Learner(student, [(student.parameters(), args.student_lr)], args)
-        self.ema_model = ema
-        self.ema = ema.parameters()
-
-    def stop_soon(self, number, _):
-        """Handle a signal: the first one stops after this iteration, the second one now."""
-        # Under torchrun a process gets Ctrl-C twice: from the terminal and from the launcher.
-        if self.stop and self.world == 1:
-            raise KeyboardInterrupt
-        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-        if self.rank == 0 and not self.stop:
-            again = "; again to stop now" if self.world == 1 else ""
-            print(f"\ncdm.py: stopping after this iteration{again}.", file=sys.stderr)
-        self.stop = True
-
-    def rehearse(self):
-        """Draw an image, as the sample grids will. Raises Mistake if it fails."""
-        family = self.family
-        advice = "leave out --compile" if self.args.compile else "check its files"
-        # With --offload-ema the grids need the most memory, because they bring the EMA.
-        model = self.ema_model if self.args.sample_every else self.teacher
-        with explained(f"{family.name} cannot draw here", advice), self.on_device(model):
-            noise = torch.randn(1, *family.shape, generator=generator("rehearsal"))
-            times = uniform_times(2, family.shift)
-            images = family.images(model, [noise], times, family.encode(self.prompts[:1]))
-            draw_grid([("rehearsal", images)], os.devnull)
-
-    @contextlib.contextmanager
-    def on_device(self, model):
-        """Inside, a model is on the device. With --offload-ema the EMA is on the CPU otherwise."""
-        moves = self.args.offload_ema and model is self.ema_model
-        if moves:
-            model.transformer.to(self.device)
-        yield
-        if moves:
-            model.transformer.to("cpu")
-
-    def micro_batches(self, k):
-        """Iteration k's (cond, uncond, Draw) for this rank, in micro-batches."""
-        args = self.args
-        family = self.family
-        n = args.micro_batch_size
-        gen = generator(args.seed, k, "prompts")
-        chosen = torch.randint(len(self.prompts), (args.batch_size,), generator=gen)
-        first = self.rank * self.batch
-        cond = family.encode([self.prompts[j] for j in chosen[first : first + self.batch]])
-        batches = []
-        for i in range(0, self.batch, n):
-            rows = slice(first + i, first + i + n)
-            draw = draw_iteration(
-                args, args.seed, k, args.batch_size, family.shape, family.shift, rows, self.device
-            )
-            batches.append((take(cond, slice(i, i + n)), family.uncond(n), draw))
-        return batches
-
-    def train(self):
-        """Iterate, log, save, sample; at the end, or after a signal, export."""
-        args = self.args
-        if self.rank == 0:
-            self.begin()
-        ks = range(self.k + 1, args.iterations + 1)
-        bar = tqdm(ks, initial=self.k, total=args.iterations, disable=self.rank > 0)
-        seconds = 0.0  # since the last line of the log, without saving and sampling
-        for k in bar:
-            begun = time.perf_counter()
-            batches = self.micro_batches(k)
-            stats = cdm_iteration(
-                k, batches, self.teacher, self.student, self.fake_score, self.ema, args
-            )
-            values, stop = self.gather_stats(stats)
-            self.k = k
-            seconds += time.perf_counter() - begun
-            if k % args.student_every == 0 and self.rank == 0:
-                bar.set_postfix({n: f"{x:.3g}" for n, x in values.items() if "loss" in n})
-                values |= {"N": len(batches[0][2].schedule), "seconds": seconds}
-                seconds = 0.0
-                with open(self.log_file, "a") as file:
-                    file.write(json.dumps({"iteration": k} | values) + "\n")
-            last = stop or k == args.iterations
-            if last or k % args.save_every == 0:
-                self.save()  # before the samples: after a signal there may be little time
-            if args.sample_every and (last or k % args.sample_every == 0):
-                self.draw_samples()
-            if args.export_every and k % args.export_every == 0:
-                self.export(self.folder / "students" / f"step_{k:06d}")
-            if stop:
-                break
-        self.export(self.folder / "student")
-        if self.rank == 0:
-            self.say_what_to_do_next()
-
-    def begin(self):
-        """Say what is trained on what. The log starts as it was at the checkpoint."""
-        args = self.args
-        family = self.family
-        print(f"cdm.py: {family.name}, {family.resolution} pixels, shift {family.shift:g},")
-        print(f"    {len(self.prompts)} prompts of {args.prompts}, {args.batch_size} an update")
-        family.say_what_is_cut(self.prompts)
-        if args.export_every:
-            size = sum(p.numel() * p.element_size() for p in self.student.params.values()) / 1e9
-            print(f"    {args.iterations // args.export_every} students of {size:.2g} GB on disk")
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        for half in self.folder.glob("checkpoint_[0-9]*.tmp"):
-            shutil.rmtree(half)  # of a save that was killed
-        if self.k:
-            print(f"    continuing from iteration {self.k}; later lines of the log are dropped")
-        elif args.resume:
-            print("    there is no checkpoint yet: from the beginning")
-        self.log_file.write_text(self.log)
-
-    def say_what_to_do_next(self):
-        """The last lines on the terminal."""
-        updates = self.student.updates
-        print(f"cdm.py: {self.folder}/student is the student after {updates} updates.")
-        if self.args.sample_every:
-            print(f"Look at {self.folder}/samples/step_{self.k:06d}.png.")
-        example = f"--student {self.folder} --generate {shlex.quote(self.prompts[0])}"
-        print(f"Draw with python cdm.py --teacher {self.args.teacher} {example}")
-        if self.k < self.args.iterations:
-            print("The same command with --resume continues the run.")
-
-    def gather_stats(self, stats):
-        """An iteration's values, averaged over ranks, and whether any rank was told to stop."""
-        stop = torch.tensor(float(self.stop))
-        values = torch.stack([gather(x).float().to(self.device) for x in [*stats.values(), stop]])
-        if self.world > 1:
-            torch.distributed.all_reduce(values)
-        *numbers, stop = (values / self.world).tolist()  # waits for the GPU
-        values = dict(zip(stats, numbers, strict=True))
-        bad = ", ".join(name for name, x in values.items() if not math.isfinite(x))
-        if bad:
-            advice = "start again with lower learning rates, --student-lr and --fake-lr"
-            found = self.checkpoints()
-            if found:
-                advice = f"--resume (if that fails, without {found[-1].name}) or {advice}"
-            raise Mistake(f"{bad} is not finite at iteration {self.k + 1}: {advice}.")
-        return values, stop > 0
-
-    def draw_samples(self):
-        """samples/step_NNNNNN.png: the EMA student's images under the teacher's."""
-        args = self.args
-        family = self.family
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(args.sample_count)]
-        gens = [generator(args.seed, "sample", i) for i in range(args.sample_count)]
-        noise = [torch.randn(1, *family.shape, generator=gen) for gen in gens]
-        cond = family.encode(prompts)
-
-        def row(label, model, steps):
-            return label, family.images(model, noise, uniform_times(steps, family.shift), cond)
-
-        scale = 1 + args.alpha if args.ca_weight else 1
-        guided = family.guided(self.teacher, scale)
-        rows = [row(f"teacher, 28 steps, guidance {scale:g}", guided, 28)]
-        with self.on_device(self.ema_model):
-            for n in args.sample_steps:
-                rows.append(row(f"teacher, steps: {n}, no guidance", self.teacher, n))
-                rows.append(row(f"student, steps: {n}, iteration {self.k}", self.ema_model, n))
-        if self.rank == 0:
-            draw_grid(rows, self.folder / "samples" / f"step_{self.k:06d}.png")
-
-    def settings(self):
-        """What must be the same in a run and its continuation, except for load()'s may_change."""
-        names = [f.name for f in fields(CDM)]
-        names += "batch_size micro_batch_size seed lora_rank weights no_t5 device".split()
-        flags = {"--" + name.replace("_", "-"): getattr(self.args, name) for name in names}
-        return flags | {
-            "--teacher": self.identity,
-            "--prompts": f"of checksum {zlib.crc32(repr(self.prompts).encode())}",
-            "--resolution": self.family.resolution,
-            "processes": self.world,
-            "threads": torch.get_num_threads(),
-        }
-
-    def state(self):
-        """Every tensor that training changes, by file and name."""
-        files = {"ema": self.ema}
-        for role, learner in (("student", self.student), ("fake_score", self.fake_score)):
-            files[role] = learner.params
-            moments = learner.optimizer.state
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                files[f"{role}_{key}"] = {n: moments[p][key] for n, p in learner.params.items()}
-        return files
-
-    def checkpoints(self):
-        """The checkpoints' folders, oldest first."""
-        found = [p for p in self.folder.glob("*") if re.fullmatch(r"checkpoint_\d{6,}", p.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
-
-    @contextlib.contextmanager
-    def replacing(self, path):
-        """A folder that appears at `path` whole or not at all: filled elsewhere, then renamed."""
-        tmp = path.with_suffix(".tmp")
-        # dcp.save() waits for all ranks before it writes and before it returns. So rank 0 has
-        # emptied tmp before any rank writes, and renames it after all have.
-        if self.rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)  # left by a save that was killed
-        tmp.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        if self.rank == 0:
-            for file in tmp.rglob("*.safetensors"):
-                file.chmod(0o644)  # safetensors lets nobody else read its files
-            old = path.with_suffix(".old")
-            shutil.rmtree(old, ignore_errors=True)  # as above
-            if path.exists():
-                path.rename(old)
-            tmp.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-
-    def save(self):
-        """checkpoint_NNNNNN: torch's distributed checkpoint, each rank its own shards.
-
-        Any number of processes can go on from it. A kill at any moment leaves the last one intact.
-        """
-        packages = ("torch", "diffusers", "transformers", "peft")
-        state = {
-            "iteration": self.k,
-            "settings": self.settings(),
-            "command": sys.argv,
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-        }
-        path = self.folder / f"checkpoint_{self.k:06d}"
-        with self.replacing(path) as folder:
-            for name, tensors in self.state().items():  # safetensors holds one file in memory
-                writer = dcp.HuggingFaceStorageWriter(folder / name, save_distributed=True)
-                with own_errors():
-                    dcp.save(tensors, storage_writer=writer)
-            if self.rank == 0:
-                state["files"] = [str(p.relative_to(folder)) for p in folder.rglob("*.safetensors")]
-                (folder / "state.json").write_text(json.dumps(state, indent=1))
-                shutil.copy(self.log_file, folder)
-        if self.rank == 0:
-            # Keep this one and the one before. Newer ones are there only if resume() found them
-            # damaged.
-            found = self.checkpoints()
-            first_kept = max(found.index(path) - 1, 0)
-            for old in found[:first_kept]:
-                shutil.rmtree(old)
-
-    def resume(self):
-        """Continue from the newest checkpoint that can be read, if there is one yet."""
-        for folder in reversed(self.checkpoints()):
-            try:
-                self.load(folder)
-                return
-            except (Mistake, *GPU_ERRORS):
-                raise
-            except Exception as error:
-                print(f"cdm.py: {folder} is damaged, taking the one before: {one_line(error)}")
-        lost = self.checkpoints() or (self.folder / "student").exists()
-        require(not lost, f"--resume: no checkpoint in {self.folder} can be read.")
-
-    def load(self, folder):
-        """Fill every tensor from a checkpoint. Raises Mistake if other settings made it."""
-        saved = json.loads((folder / "state.json").read_text())
-        now = self.settings()
-        may_change = ["--student-lr", "--fake-lr", "--anchor-lr", "threads", "processes"]
-        if saved["settings"]["processes"] != self.world:
-            may_change.append("--micro-batch-size")  # its default depends on the processes
-        for name, was in saved["settings"].items():
-            if now[name] != was:
-                said = f"--resume: {name} is {now[name]}, and was {was}"
-                require(name in may_change, f"{said}: give what it was, or start another run.")
-                if self.rank == 0:
-                    print(f"cdm.py: {said}.")  # threads and processes: sums agree to rounding
-        for name in saved["files"]:  # torch would not notice that the last shard is gone
-            safe_open(folder / name, "pt")
-        self.log = (folder / self.log_file.name).read_text()
-        self.k = saved["iteration"]
-        enough = self.k <= self.args.iterations
-        require(enough, f"--resume: the run is at {self.k}: give more --iterations.")
-        self.fake_score.updates = self.k
-        self.student.updates = self.k // self.args.student_every
-        for name, tensors in self.state().items():
-            with own_errors():
-                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / name))
-
-    @torch.no_grad()
-    def export(self, folder):
-        """The EMA student as diffusers loads it, and a README that says how."""
-        weights = {}
-        for name, x in self.ema.items():
-            x = gather(x)  # all ranks gather, rank 0 keeps
-            if self.rank == 0:
-                weights[name] = x.to("cpu", self.student.params[name].dtype)
-        if self.rank > 0:
-            return
-        with self.replacing(folder) as tmp:
-            if self.args.lora_rank:
-                # The file holds no alpha, so programs assume alpha = rank. Our factor
-                # alpha / rank = 2, see lora_networks, goes into B.
-                layers = {}
-                for name, x in weights.items():
-                    layers[f"transformer.{name}"] = 2 * x if "lora_B" in name else x
-                save_file(layers, tmp / LORA_FILE, metadata={"format": "pt"})
-            else:
-                net = self.student.model.transformer
-                with torch.device("meta"):  # no weights yet: all are assigned
-                    model = type(net).from_config(net.config)
-                model.load_state_dict(weights | dict(net.named_buffers()), assign=True)
-                if model.config.get("sample_size"):
-                    model.register_to_config(sample_size=self.family.shape[-1])
-                model.save_pretrained(tmp)
-            # What --generate must know besides the weights.
-            drawing = {"resolution": self.family.resolution, "no_t5": self.args.no_t5}
-            (tmp / "cdm.json").write_text(json.dumps(drawing))
-            updates = self.student.updates
-            card = self.family.card(folder, self.prompts[0], updates, self.args.lora_rank)
-            (tmp / "README.md").write_text(card, encoding="utf-8")
+def resume(tensors, args):
+    """Fill the tensors from the newest checkpoint, made with the same settings. Returns its k."""
+    folder = max(Path(args.output_dir).glob("checkpoint_[0-9]*"), default=None)
+    require(folder, f"--resume: there is no checkpoint in {args.output_dir}.")
+    saved = json.loads((folder / "run.json").read_text())
+    k = saved.pop("k")
+    strange = ", ".join(sorted(saved.keys() ^ vars(args).keys()))
+    require(not strange, f"--resume: {folder} is of another version of cdm.py: {strange}.")
+    same = "teacher prompts batch_size resolution seed lora_rank weights no_t5".split()
+    for name in [*vars(CDMConfig()), *same]:
+        now, was = getattr(args, name), saved[name]
+        require(now == was, f"--resume: --{name.replace('_', '-')} is {now}, and was {was}.")
+    dcp.load(tensors, checkpoint_id=folder)
+    if RANK == 0:  # the log has a line for each student update
+        log = folder.parent / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(lines[: k // args.student_every]))
+    return k
 
 
-def generate(args, device):
-    """--generate: write one PNG for each prompt and number of steps, and print its name."""
-    folder = Path(args.student)
-    if (folder / "student").is_dir():
-        folder = folder / "student"
-    found = any((folder / name).is_file() for name in ("config.json", LORA_FILE))
-    advice = "give a run's folder, or a student's"
-    require(args.student and found, f"--student {args.student!r} has no student: {advice}.")
-    if (folder / "cdm.json").exists():
-        with explained(f"{folder}/cdm.json cannot be read", "export the student again"):
-            trained = json.loads((folder / "cdm.json").read_text())
-            args.resolution = args.resolution or int(trained["resolution"])
-            args.no_t5 = args.no_t5 or trained["no_t5"]
-    family = load_family(args, device, folder)
-    family.say_what_is_cut(args.generate)
-    schedules = [uniform_times(n, family.shift) for n in args.sample_steps]
-    if args.times:
-        schedules = [torch.tensor(args.times)]
-    model = Model(family.transformer, family)
-    noise = torch.randn(1, *family.shape, generator=torch.Generator().manual_seed(args.seed))
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    number = 0
-    for prompt, times in itertools.product(args.generate, schedules):
-        while any(out.glob(f"{number:04d}_*.png")):  # nothing is overwritten
-            number += 1
-        path = out / f"{number:04d}_steps{len(times)}_seed{args.seed}.png"
-        family.images(model, [noise], times, family.encode([prompt]))[0].save(path)
-        print(f"{path}: {prompt}, {family.resolution} pixels")
+STUDENT_README = """---
+base_model: {teacher}
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+A few-step student of {teacher}, the EMA after {updates} updates of CDM, Continuous-Time
+Distribution Matching (arXiv:2605.06376). Its licence is the teacher's.
+
+```python
+import diffusers, torch
+
+teacher, student, dtype = "{teacher}", "{student}", torch.bfloat16
+pipe = diffusers.DiffusionPipeline.from_pretrained(teacher, dtype=dtype, **{absent})
+{load}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+times = [1.0, 0.75, 0.5, 0.25]  # others work, too; the scheduler shifts them
+options = {options}
+pipe({prompt}, num_inference_steps=4, sigmas=times, **options).images[0].save("image.png")
+```
+"""
 
 
-def train(args, device, rank, world):
-    """One process of a run, from loading to the exported student."""
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        with explained(f"{world} processes do not meet", "use torchrun, or unset WORLD_SIZE"):
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    lock = FileLock(Path(args.output_dir, "lock"))  # freed with this process, however it ends
-    try:
-        run = Run(args, device, rank, world)
-        signals = [signal.SIGINT, signal.SIGTERM]  # also in a background job, which ignores SIGINT
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signals.append(signal.SIGHUP)  # not on Windows, and not under nohup, which ignores it
-        for number in signals:
-            signal.signal(number, run.stop_soon)
-        if rank == 0:
-            lock.acquire(timeout=0)  # makes the folder, too
-        if args.resume:
-            run.resume()
-        run.train()
-    finally:
-        lock.release(force=True)
-    if world > 1:
-        torch.distributed.destroy_process_group()
+def export(folder, family, student, ema, prompt, args):
+    """The EMA student as diffusers loads it, and a README that says how."""
+    from safetensors.torch import save_file
+
+    weights = {}
+    for name, x in ema.items():  # all processes gather
+        weights[name] = full(x).to("cpu", student.params[name].dtype)
+    if RANK > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.lora_rank:
+        load = "pipe.transformer.load_lora_adapter(student, use_safetensors=True)"
+        # The file holds no alpha, so programs assume alpha = rank. Our factor alpha / rank = 2, see
+        # make_learner, goes into B. peft's adapter is called "default".
+        layers = {}
+        for name, x in weights.items():
+            name = "transformer." + name.replace(".default.", ".")
+            layers[name] = 2 * x if "lora_B" in name else x
+        save_file(layers, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
+    else:
+        load = "pipe.transformer = diffusers.AutoModel.from_pretrained(student, dtype=dtype)"
+        teacher = family.pipe.transformer
+        with torch.device("meta"):  # no weights yet: all are assigned
+            net = type(teacher).from_config(teacher.config)
+        net.load_state_dict(weights | dict(teacher.named_buffers()), assign=True)
+        net.save_pretrained(folder)
+    options = {"height": family.resolution, "width": family.resolution, "guidance_scale": 1.0}
+    values = {"teacher": args.teacher, "student": folder, "updates": student.updates, "load": load}
+    values |= {"options": options | family.call_options, "absent": family.absent}
+    readme = STUDENT_README.format(prompt=repr(prompt), **values)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+class Bar(tqdm):
+    """A progress bar that falls silent when nobody listens: `2>&1 | tee log`, and Ctrl-C."""
+
+    def display(self, *args, **kwargs):
+        try:
+            super().display(*args, **kwargs)
+        except BrokenPipeError:
+            self.disable = True
+
+
+def run_iteration(k, prompts, family, networks, args):
+    """Iteration k of this process: its part of the prompts and draws, then section 1's."""
+    batch = args.batch_size // WORLD
+    rows = slice(RANK * batch, (RANK + 1) * batch)
+    gen = generator(args.seed, k, "prompts")
+    chosen = torch.randint(len(prompts), (args.batch_size,), generator=gen)[rows]
+    cond = family.encode([prompts[j] for j in chosen])
+    draw = draw_iteration(
+        args, args.seed, k, args.batch_size, family.shape, family.shift, rows, DEVICE
+    )
+    return cdm_iteration(k, cond, family.uncond, draw, *networks, args, args.micro_batch_size)
+
+
+def means(stats, stop):
+    """Logged values as numbers, means over all processes, and whether one of them has to stop."""
+    values = torch.stack([full(x).float().to(DEVICE) for x in [*stats.values(), stop]])
+    if WORLD > 1:
+        torch.distributed.all_reduce(values)
+    *values, stopped = (values / WORLD).tolist()  # waits for the GPU
+    return dict(zip(stats, values, strict=True)), stopped > 0
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit code: 0, or 2 after one sentence about a mistake."""
-    # Silence notices about optional packages, and about what is meant to be as it is, but not
-    # those that name missing or unexpected weights.
-    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
-    for logger in ("transformers.modeling_utils", "diffusers.models.modeling_utils"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore",
-        r"torch.distributed is|barrier\(|local_dir_use_symlinks"
-        r"|FSDP2-wrapped module|Mismatch dtype",  # LongCat-Image's blocks and RMS norms
-    )
-    rank = int(os.environ.get("RANK") or 0)
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    local = int(os.environ.get("LOCAL_RANK") or 0)
-    everyone = False  # whether all ranks say what went wrong
-    try:
-        args = parse_args(argv)
-        device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
-        if args.generate:
-            generate(args, device)
-        else:
-            train(args, device, rank, world)
-        return 0
-    except Mistake as mistake:
-        everyone = mistake.of_one_process
-        sentence = str(mistake)
-    except Timeout:
-        sentence = f"another process trains in {args.output_dir}: wait, or stop it."
-    except (OSError, SafetensorError) as error:
-        everyone = True
-        sentence = f"{error}: check the path, its permissions and the space left on the disk."
-    except torch.OutOfMemoryError:
-        everyone = True
-        levers = "--offload-text-encoders or --no-t5"
-        if not args.generate:
-            levers = "--micro-batch-size 1, --offload-text-encoders, --lora-rank 64 or more GPUs"
-        sentence = f"the GPU is out of memory: try {levers}; README has what each needs."
-    except torch.AcceleratorError as error:
-        everyone = True
-        sentence = f"the GPU failed: {one_line(error)}: see nvidia-smi, is it used or broken?"
-    except KeyboardInterrupt:
-        print("cdm.py: stopped at once; what was saved before is kept.", file=sys.stderr)
-        return 130
-    if everyone or local == 0:  # all ranks make the same Mistake: one on each machine says so
-        print(f"cdm.py: {sentence}", file=sys.stderr)
-    return 2
+    """One process of a run, from the command line to the exported student."""
+    args = parse_args(argv)
+    prompts = read_prompts(args.prompts)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")
+    family = load_family(args)
+    student = make_learner(family, args.student_lr, args)
+    fake_score = make_learner(family, args.fake_lr, args)
+    teacher = partial(family.predict, shard(family.pipe.transformer))
+    ema = {}
+    for name, p in student.params.items():  # in bf16 small steps would round away
+        ema[name] = p.detach().to(args.ema_device, torch.float32, copy=True)
+
+    # These are all that training changes, and every draw is a function of (seed, k). So a resumed
+    # run goes on as if it had not stopped: on a CPU bit for bit, on another number of processes,
+    # which sum in another order, to rounding. The tensors are the run's own; resume() fills them.
+    tensors = {"ema": ema, "student": student.tensors(), "fake_score": fake_score.tensors()}
+    done = resume(tensors, args) if args.resume else 0
+    fake_score.updates = done
+    student.updates = done // args.student_every
+
+    stop = torch.zeros(())
+
+    def stop_soon(number, _):
+        """A signal stops the run after this iteration. A second one kills it."""
+        if WORLD == 1:  # torchrun repeats a terminal's Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
+        stop.fill_(1)
+
+    signal.signal(signal.SIGINT, stop_soon)
+    signal.signal(signal.SIGTERM, stop_soon)
+    folder = Path(args.output_dir)
+    if WORLD > 1:
+        torch.distributed.barrier()  # nothing is written before all have come this far
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    grid_cond = family.encode([prompts[i % len(prompts)] for i in range(args.sample_count)])
+    if args.sample_every:  # the reader's "before"; and what fails in drawing fails now
+        sample_grid(done, family, student, ema, grid_cond, args)
+    seconds = 0
+    networks = (teacher, student, fake_score, ema)
+    ks = range(done + 1, args.iterations + 1)
+    bar = Bar(ks, initial=done, total=args.iterations, disable=RANK > 0)
+    for k in bar:
+        began = time.perf_counter()
+        values, stopped = means(run_iteration(k, prompts, family, networks, args), stop)
+        seconds += time.perf_counter() - began
+        last = stopped or k == args.iterations
+        finite = all(map(math.isfinite, values.values()))
+        require(finite, f"not finite at iteration {k}, try lower learning rates: {values}")
+        if k % args.student_every == 0:
+            bar.set_postfix({n: f"{x:.3g}" for n, x in values.items() if "loss" in n})
+            values["samples_per_second"] = args.student_every * args.batch_size / seconds
+            seconds = 0
+            if RANK == 0:
+                with open(folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps({"iteration": k} | values) + "\n")
+        if last or k % args.save_every == 0:
+            save(k, tensors, args)  # before the samples: after a signal there may be little time
+        if args.sample_every and (last or k % args.sample_every == 0):
+            sample_grid(k, family, student, ema, grid_cond, args)
+        if args.export_every and k % args.export_every == 0:
+            path = folder / "students" / f"step_{k:06d}"
+            export(path, family, student, ema, prompts[0], args)
+        if stopped:
+            break
+    export(folder / "student", family, student, ema, prompts[0], args)
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
