@@ -39,6 +39,7 @@ draw their own. Warm-up reaches the full rate at update 100, theirs on 8 process
 LoRA is a network of its own around shared weights, where theirs are two adapters in one network.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -48,9 +49,8 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -58,6 +58,8 @@ from typing import Literal
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
@@ -137,9 +139,9 @@ class Anchor:
 def backward_simulation(student, noise, schedule, index, cond):
     """Integrate the student's ODE from pure noise, each sample to its own anchor.  (sec. 3.2)
 
-    noise: (B, ...), x at t_1 = 1; schedule: (N,) descending times; index: (B,) the anchor's index,
-    from 0, where the paper's i is from 1. Schedule and index are on the CPU, so that reading them
-    does not wait for the GPU. Samples past their anchor are not evaluated: sum(index + 1) in all.
+    noise: (B, ...), x at t_1 = 1; schedule: (N,) times; index: (B,) of the anchor, from 0, where
+    the paper's i is from 1. Both are on the CPU, so that reading them does not wait for the GPU.
+    Samples past their anchor are not evaluated: sum(index + 1) evaluations in all.
     """
     x = noise.clone()
     v = torch.zeros_like(noise)
@@ -192,9 +194,8 @@ def pseudo_target_loss(x0_hat, delta, w):
 def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
     """L_CA, CFG augmentation: delta = alpha [D_real(z, c) - D_real(z, uncond)].  (Eqs. 3-4)
 
-    It carries the guidance: it moves x0_hat to where the prompt makes a difference. x0_hat: at the
-    anchor; tau: (B,), bounded by the anchor's time, so that guidance does not disturb what the
-    simulation has settled; noise: fresh; uncond: the empty prompt's condition.
+    It carries the guidance: it moves x0_hat to where the prompt makes a difference. tau: (B,),
+    bounded by the anchor's time, so that it does not disturb what the simulation has settled.
     """
     with torch.no_grad():
         z = add_noise(x0_hat, tau, noise)
@@ -207,10 +208,9 @@ def ca_loss(x0_hat, teacher, cond, uncond, tau, noise, alpha):
 def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
     """L_DM, distribution matching: delta = D_real(z, c) - D_fake(z, c).  (Eqs. 3-4)
 
-    It keeps the student's samples on the data. By Tweedie's formula delta is
-    tau^2 / (1 - tau) (s_real - s_fake), the DMD direction. tau: (B,); noise: fresh. L_CDM (sec.
-    3.3) is this function with x0_hat from the off-trajectory point: it keeps estimates on the data
-    at times that no schedule visits.
+    It keeps samples on the data. By Tweedie's formula delta is tau^2 / (1 - tau) (s_real - s_fake),
+    the DMD direction. L_CDM (sec. 3.3) is this function with x0_hat from the off-trajectory point:
+    it keeps estimates on the data at times that no schedule visits.
     """
     with torch.no_grad():
         z = add_noise(x0_hat, tau, noise)
@@ -229,10 +229,8 @@ def fake_score_loss(fake_score, x0_hat, cond, tau, noise):
 
 @dataclass
 class CDMConfig:
-    """The method, with the defaults that the authors published for SD3-Medium.
-
-    By our reading they belong to bf16 weights. Which version gave the paper's numbers is not known.
-    """
+    """The method, with the defaults that the authors published for SD3-Medium: by our reading for
+    bf16 weights. Which version gave the paper's numbers is not known."""
 
     ca_weight: float = 1.0  # weight of L_CA, CFG augmentation
     dm_weight: float = 1.0  # weight of L_DM, distribution matching
@@ -275,9 +273,8 @@ def generator(*key, device="cpu"):
 def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), device="cpu"):
     """The Draw of iteration k = 1, 2, ... for a part of the batch.
 
-    batch: samples over all processes; shape: of one sample; shift: of the schedule's times; rows:
-    this process's part. A sample's draws do not depend on how the batch is divided. Each loss has
-    generators of its own, so a new loss changes no other draw.
+    batch: samples over all processes, of which rows are drawn; shape: of one; shift: of schedule
+    times. A sample's draws do not depend on the rows. Draws of a new name change no other draw.
     """
     gen = generator(seed, k, "schedule")
     if cfg.schedule == "dynamic":
@@ -287,7 +284,6 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
     else:
         schedule = sampling_times(4, shift)
     index = torch.randint(len(schedule), (batch,), generator=gen)[rows]
-    t_i = schedule[index].to(device)
 
     def uniform(name):
         gen = generator(seed, k, "time", name, device=device)
@@ -298,12 +294,9 @@ def draw_iteration(cfg, seed, k, batch, shape, shift=1.0, rows=slice(None), devi
         # Cloned, because a view would keep the whole batch's memory.
         return torch.randn(batch, *shape, generator=gen, device=device)[rows].clone()
 
-    tau = {
-        "ca": uniform("ca") * t_i,  # tau ~ U(0, t_i): bounded by the anchor's own time
-        "dm": uniform("dm"),  # tau ~ U(0, 1]
-        "cdm": uniform("cdm"),
-        "fake": uniform("fake"),
-    }
+    # tau ~ U(0, 1], but in L_CA tau ~ U(0, t_i): bounded by the anchor's own time.
+    tau = {name: uniform(name) for name in ("ca", "dm", "cdm", "fake")}
+    tau["ca"] *= schedule[index].to(device)
     # A small time_low allows t_i below tau_min. There the clamp lifts L_CA's tau above t_i.
     tau = {name: t.clamp(cfg.tau_min, cfg.tau_max) for name, t in tau.items()}
     noise = {name: normal(name) for name in ("start", *tau)}
@@ -369,9 +362,8 @@ def off_trajectory_point(anchor, draw, cfg):
 def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg, micro_batch=0):
     """Iteration k = 1, 2, ...: simulate, update the fake score, and every R-th time the student.
 
-    cond: of the B samples; uncond: of one sample; teacher: a model; student, fake_score: Learners;
-    ema: tensors by name; micro_batch: samples that pass with gradient at a time, 0 for all.
-    Returns scalar tensors by name, to log.
+    cond: of the B samples; uncond: of one; teacher: a model; student, fake_score: Learners; ema:
+    tensors by name; micro_batch: samples per pass with gradient, 0: all. Returns scalars to log.
     """
     batch = len(draw.index)
     size = micro_batch or batch
@@ -397,8 +389,8 @@ def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg,
         (share * loss).backward()
         record(share, loss_fake=loss)
     stats["grad_norm_fake"] = fake_score.step()
-    # phi is pulled to theta. In bf16 most of this pull is lost to rounding. By our reading the
-    # published code has the same effect. With LoRA the factors A and B are averaged, not B A.
+    # phi is pulled to theta. In bf16 most of this rounds away, in the released code too by our
+    # reading. With LoRA the factors A and B are averaged, not their product.
     average_into(fake_score.params, student.params, cfg.fake_pull)
     if k % cfg.student_every != 0:
         return stats
@@ -446,11 +438,8 @@ def require(condition, sentence):
 
 
 class Family:
-    """A loaded pipeline. To add a family, write a class like SD3, and name it in load_family.
-
-    What else a new family may need: another patch size here, other blocks in shard, other targets
-    in make_learner.
-    """
+    """A loaded pipeline. A new family is a class like SD3, named in load_family. Also look at the
+    patch size in here, the blocks in shard, and the targets in make_learner."""
 
     skip = ()  # parts of the pipeline that are not loaded
 
@@ -461,13 +450,11 @@ class Family:
         self.pipe = pipe
         self.absent = absent  # {name: None} of the parts that were not loaded
         self.bf16 = pipe.dtype == torch.bfloat16
-        factor = pipe.vae_scale_factor  # pixels of a latent's side
-        self.resolution = args.resolution or pipe.default_sample_size * factor
-        patch = 2 * factor  # both families cut latents into patches of 2 x 2
+        patch = 2 * pipe.vae_scale_factor  # pixels of a token's side: a token is 2 x 2 latents
+        self.resolution = args.resolution or pipe.default_sample_size * patch // 2
         require(self.resolution % patch == 0, f"--resolution must be a multiple of {patch}.")
-        side = self.resolution // factor
-        self.shape = (pipe.vae.config.latent_channels, side, side)  # of a latent
-
+        side = self.resolution // patch  # in tokens
+        self.shape = (pipe.vae.config.latent_channels, 2 * side, 2 * side)  # of latents
         self.offloaded = []  # tensors of text encoders that are on the GPU only in encode()
         for name, part in pipe.components.items():
             if name.startswith("tokenizer") and part:  # without its files it reads all words alike
@@ -486,9 +473,8 @@ class Family:
         # The shift of the teacher's scheduler, which must do nothing else with the times. A dynamic
         # one is e^mu, where mu is linear in the number of image tokens.
         config = pipe.scheduler.config
-        tokens = (side // 2) ** 2
         lengths = (config.base_image_seq_len, config.max_image_seq_len)
-        mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+        mu = calculate_shift(side**2, *lengths, config.base_shift, config.max_shift)
         self.shift = math.exp(mu) if config.use_dynamic_shifting else config.shift
         pipe.scheduler.set_timesteps(sigmas=sampling_times(4).tolist(), mu=mu)
         plain = torch.allclose(pipe.scheduler.sigmas[:-1], sampling_times(4, self.shift))
@@ -550,11 +536,8 @@ class LongCatImage(Family):
     skip = ("text_processor",)  # it rewrites prompts
     call_options = {"enable_prompt_rewrite": False}
 
-    def __init__(self, pipe, absent, args):
-        pipe.text_encoder.lm_head = torch.nn.Identity()  # nobody needs its logits
-        super().__init__(pipe, absent, args)
-
     def embed(self, prompts):
+        self.pipe.text_encoder.lm_head = torch.nn.Identity()  # nobody needs its logits
         # The ids, (512, 3), are those of positions: 0, i, i for all prompts.
         text, self.text_ids = self.pipe.encode_prompt(prompts)
         return (text,)
@@ -563,8 +546,8 @@ class LongCatImage(Family):
         (text,) = cond
         tokens = F.pixel_unshuffle(x_t, 2)  # (B, 4 C, h / 2, w / 2)
         position = text.shape[1] + torch.arange(tokens.shape[-1], device=x_t.device)
-        modality = torch.ones_like(position[:1])
-        ids = torch.cartesian_prod(modality, position, position)  # of an image: 1, row, column
+        one = torch.ones_like(position[:1])  # image tokens are 1, row, column
+        ids = torch.cartesian_prod(one, position, position)
         # The network multiplies t by 1000.
         v = net(tokens.flatten(2).mT, text, t, ids, self.text_ids, return_dict=False)[0]
         return F.pixel_shuffle(v.mT.reshape(tokens.shape), 2)
@@ -581,9 +564,8 @@ def load_family(args):
         index = DiffusionPipeline.load_config(args.teacher)  # model_index.json
     except OSError as error:
         require(False, f"--teacher {args.teacher} is no folder and no hub id: {error}")
-    kind = index["_class_name"]
-    require(kind in families, f"--teacher is a {kind}: give a {' or a '.join(families)}.")
-    family = families[kind]
+    family = families.get(index["_class_name"])
+    require(family, f"--teacher is a {index['_class_name']}: give a {' or a '.join(families)}.")
     absent = dict.fromkeys(family.skip)
     if args.no_t5:  # its tokenizer stays and says the prompts' length
         absent["text_encoder_3"] = None
@@ -628,35 +610,20 @@ def parse_args(argv=None):
 
     # A dataclass does not keep its comments, so this file is read: "name: type = default  # help".
     source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): .* = .*  # (.*)", source, re.M))
-    for item in fields(Settings):
-        item.metadata = {"help": comments[item.name]}
+    for name, comment in re.findall(r"^    (\w+): .* = .*  # (.*)", source, re.M):
+        Settings.__dataclass_fields__[name].metadata = {"help": comment}
     parser = HfArgumentParser(Settings, usage="cdm.py [--flag value ...]", allow_abbrev=False)
     args = Settings(**vars(parser.parse_args(argv)))
 
     counts = "iterations save_every sample_count batch_size student_every max_schedule_steps"
-    shares = "time_low time_high tau_min tau_max ema_decay fake_pull"
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low = 1 if name in counts.split() else 0
-            high = 1 if name in shares.split() else math.inf
-            flag = f"--{name.replace('_', '-')}"
-            require(low <= value <= high, f"{flag} must be at least {low} and at most {high}.")
+            require(low <= value < math.inf, f"--{name.replace('_', '-')} must be at least {low}.")
     require(args.batch_size % WORLD == 0, f"--batch-size must be a multiple of {WORLD} processes.")
     fresh = not any(Path(args.output_dir).glob("*"))
     require(args.resume or fresh, "--output-dir is not empty: add --resume, or choose another.")
     return args
-
-
-def read_prompts(file):
-    """The different prompts of a text file, one a line."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeError) as error:
-        require(False, f"--prompts {file} cannot be read: {error}")
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    require(prompts, f"--prompts {file} holds no prompt: give one a line.")
-    return prompts
 
 
 def shard(net):
@@ -672,12 +639,6 @@ def shard(net):
     return net
 
 
-LORA_TARGETS = (  # the authors' for SD3: attention and feed-forward, of image and text
-    "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
-    "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2"
-).split()
-
-
 def make_learner(family, lr, args):
     """A Learner that starts as the teacher: a copy of it, or a LoRA around its own weights."""
     from diffusers.training_utils import cast_training_params
@@ -690,7 +651,12 @@ def make_learner(family, lr, args):
         net = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()})
         torch.manual_seed(args.seed)  # of peft's draws: all processes start from the same A
         rank = args.lora_rank
-        net.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS))
+        targets = (  # the authors' for SD3: attention and feed-forward, of image and text
+            "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
+            "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
+            "ff_context.net.2"
+        ).split()
+        net.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
         for module in net.modules():
             if isinstance(module, LoraLayer):  # inputs would be copied to float32, then cast back
                 module.cast_input_dtype_enabled = False
@@ -711,8 +677,6 @@ def full(x):
 
 def sample_grid(k, family, student, ema, cond, args, side=384):
     """samples/step_NNNNNN.png: the EMA student's images under the teacher's, `side` pixels each."""
-    from PIL import Image, ImageDraw
-
     n = args.sample_count
     scale = 1 + args.alpha if args.ca_weight else 1
     teacher = partial(family.predict, family.pipe.transformer)
@@ -732,8 +696,7 @@ def sample_grid(k, family, student, ema, cond, args, side=384):
             for i in range(n):
                 noise = torch.randn(1, *family.shape, generator=generator(args.seed, "sample", i))
                 image = family.image(model, noise, steps, take(cond, slice(i, i + 1)))
-                image = image.resize((side, side), Image.Resampling.BOX)
-                strip.paste(image, (i * side, 20))
+                strip.paste(image.resize((side, side), Image.Resampling.BOX), (i * side, 20))
             family.strips[label] = strip
         grid.paste(family.strips[label], (0, y * (side + 20)))
     average_into(student.params, own, decay=0)
@@ -747,16 +710,16 @@ def save(k, tensors, args):
     unfinished = folder / "unfinished"
     if RANK == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a save that was killed
-    dcp.save(tensors, checkpoint_id=unfinished)  # waits for all processes before it writes
+    # This waits for all processes before it writes.
+    dcp.save(tensors, checkpoint_id=unfinished, no_dist=WORLD == 1)
     if RANK > 0:
         return
     (unfinished / "run.json").write_text(json.dumps(vars(args) | {"k": k}, indent=1))
     unfinished.rename(folder / f"checkpoint_{k:06d}")
     for old in sorted(folder.glob("checkpoint_[0-9]*"))[:-2]:
-        try:
-            shutil.rmtree(old)
-        except OSError as error:  # network file systems may refuse
-            warnings.warn(f"an old checkpoint stays: {error}", stacklevel=1)
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():  # a network file system may refuse
+            print(f"cdm.py: {old} could not be removed, and stays.", file=sys.stderr)
 
 
 def resume(tensors, args):
@@ -771,7 +734,7 @@ def resume(tensors, args):
     for name in [*vars(CDMConfig()), *same]:
         now, was = getattr(args, name), saved[name]
         require(now == was, f"--resume: --{name.replace('_', '-')} is {now}, and was {was}.")
-    dcp.load(tensors, checkpoint_id=folder)
+    dcp.load(tensors, checkpoint_id=folder, no_dist=WORLD == 1)
     if RANK == 0:  # the log has a line for each student update
         log = folder.parent / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True)
@@ -779,33 +742,8 @@ def resume(tensors, args):
     return k
 
 
-STUDENT_README = """---
-base_model: {teacher}
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-A few-step student of {teacher}, the EMA after {updates} updates of CDM, Continuous-Time
-Distribution Matching (arXiv:2605.06376). Its licence is the teacher's.
-
-```python
-import diffusers, torch
-
-teacher, student, dtype = "{teacher}", "{student}", torch.bfloat16
-pipe = diffusers.DiffusionPipeline.from_pretrained(teacher, dtype=dtype, **{absent})
-{load}
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-times = [1.0, 0.75, 0.5, 0.25]  # others work, too; the scheduler shifts them
-options = {options}
-pipe({prompt}, num_inference_steps=4, sigmas=times, **options).images[0].save("image.png")
-```
-"""
-
-
 def export(folder, family, student, ema, prompt, args):
     """The EMA student as diffusers loads it, and a README that says how."""
-    from safetensors.torch import save_file
-
     weights = {}
     for name, x in ema.items():  # all processes gather
         weights[name] = full(x).to("cpu", student.params[name].dtype)
@@ -829,48 +767,45 @@ def export(folder, family, student, ema, prompt, args):
         net.load_state_dict(weights | dict(teacher.named_buffers()), assign=True)
         net.save_pretrained(folder)
     options = {"height": family.resolution, "width": family.resolution, "guidance_scale": 1.0}
-    values = {"teacher": args.teacher, "student": folder, "updates": student.updates, "load": load}
-    values |= {"options": options | family.call_options, "absent": family.absent}
-    readme = STUDENT_README.format(prompt=repr(prompt), **values)
+    readme = f"""The EMA after {student.updates} student updates of CDM (arXiv:2605.06376), which
+distils {args.teacher} into few steps. The teacher's licence holds.
+
+    import diffusers, torch
+
+    teacher, student, dtype = "{args.teacher}", "{folder}", torch.bfloat16
+    pipe = diffusers.DiffusionPipeline.from_pretrained(teacher, dtype=dtype, **{family.absent})
+    {load}
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    times = [1.0, 0.75, 0.5, 0.25]  # others work, too; the scheduler shifts them
+    options = {options | family.call_options}
+    pipe({prompt!r}, num_inference_steps=4, sigmas=times, **options).images[0].save("image.png")
+"""
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-class Bar(tqdm):
-    """A progress bar that falls silent when nobody listens: `2>&1 | tee log`, and Ctrl-C."""
-
-    def display(self, *args, **kwargs):
-        try:
-            super().display(*args, **kwargs)
-        except BrokenPipeError:
-            self.disable = True
-
-
-def run_iteration(k, prompts, family, networks, args):
-    """Iteration k of this process: its part of the prompts and draws, then section 1's."""
-    batch = args.batch_size // WORLD
-    rows = slice(RANK * batch, (RANK + 1) * batch)
+def run_iteration(k, prompts, family, networks, stop, args):
+    """Iteration k of this process. Returns means over all processes: what is logged, and stop."""
+    total = args.batch_size
+    rows = slice(total * RANK // WORLD, total * (RANK + 1) // WORLD)
     gen = generator(args.seed, k, "prompts")
-    chosen = torch.randint(len(prompts), (args.batch_size,), generator=gen)[rows]
+    chosen = torch.randint(len(prompts), (total,), generator=gen)[rows]
     cond = family.encode([prompts[j] for j in chosen])
-    draw = draw_iteration(
-        args, args.seed, k, args.batch_size, family.shape, family.shift, rows, DEVICE
-    )
-    return cdm_iteration(k, cond, family.uncond, draw, *networks, args, args.micro_batch_size)
-
-
-def means(stats, stop):
-    """Logged values as numbers, means over all processes, and whether one of them has to stop."""
-    values = torch.stack([full(x).float().to(DEVICE) for x in [*stats.values(), stop]])
+    draw = draw_iteration(args, args.seed, k, total, family.shape, family.shift, rows, DEVICE)
+    micro = args.micro_batch_size
+    stats = cdm_iteration(k, cond, family.uncond, draw, *networks, args, micro) | {"stop": stop}
+    values = torch.stack([full(x).float().to(DEVICE) for x in stats.values()])
     if WORLD > 1:
         torch.distributed.all_reduce(values)
-    *values, stopped = (values / WORLD).tolist()  # waits for the GPU
-    return dict(zip(stats, values, strict=True)), stopped > 0
+    return dict(zip(stats, (values / WORLD).tolist(), strict=True))  # waits for the GPU
 
 
 def main(argv=None):
     """One process of a run, from the command line to the exported student."""
     args = parse_args(argv)
-    prompts = read_prompts(args.prompts)
+    require(Path(args.prompts).is_file(), f"--prompts {args.prompts} is not a file.")
+    lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    require(prompts, f"--prompts {args.prompts} holds no prompt: give one a line.")
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
@@ -910,29 +845,30 @@ def main(argv=None):
         sample_grid(done, family, student, ema, grid_cond, args)
     seconds = 0
     networks = (teacher, student, fake_score, ema)
-    ks = range(done + 1, args.iterations + 1)
-    bar = Bar(ks, initial=done, total=args.iterations, disable=RANK > 0)
-    for k in bar:
+    bar = tqdm(initial=done, total=args.iterations, disable=RANK > 0)
+    for k in range(done + 1, args.iterations + 1):
         began = time.perf_counter()
-        values, stopped = means(run_iteration(k, prompts, family, networks, args), stop)
+        values = run_iteration(k, prompts, family, networks, stop, args)
         seconds += time.perf_counter() - began
+        stopped = values.pop("stop") > 0
         last = stopped or k == args.iterations
         finite = all(map(math.isfinite, values.values()))
         require(finite, f"not finite at iteration {k}, try lower learning rates: {values}")
-        if k % args.student_every == 0:
-            bar.set_postfix({n: f"{x:.3g}" for n, x in values.items() if "loss" in n})
+        if k % args.student_every == 0 and RANK == 0:
+            losses = {name: f"{x:.3g}" for name, x in values.items() if "loss" in name}
+            bar.set_postfix(losses, refresh=False)
             values["samples_per_second"] = args.student_every * args.batch_size / seconds
             seconds = 0
-            if RANK == 0:
-                with open(folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps({"iteration": k} | values) + "\n")
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({"iteration": k} | values) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # `2>&1 | tee log`: Ctrl-C also ends tee
+            bar.update()
         if last or k % args.save_every == 0:
             save(k, tensors, args)  # before the samples: after a signal there may be little time
         if args.sample_every and (last or k % args.sample_every == 0):
             sample_grid(k, family, student, ema, grid_cond, args)
         if args.export_every and k % args.export_every == 0:
-            path = folder / "students" / f"step_{k:06d}"
-            export(path, family, student, ema, prompts[0], args)
+            export(folder / "students" / f"step_{k:06d}", family, student, ema, prompts[0], args)
         if stopped:
             break
     export(folder / "student", family, student, ema, prompts[0], args)

@@ -1,25 +1,24 @@
 """What the tests of the program share: the demo teacher, runs, processes and comparisons.
 
-A run is a call of `cdm.main([...])`, which returns the exit code. It is a real process where the
-process is the point: signals, kill -9, torchrun, a terminal's stderr.
+A run is a call of `cdm.main([...])`. It is a real process where the process is the point: signals,
+kill -9, torchrun, a copy of cdm.py in another folder.
 """
 
-import contextlib
+import inspect
 import json
 import os
 import re
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from PIL import Image
 
 import cdm
 
@@ -27,85 +26,79 @@ ROOT = Path(__file__).parents[1]
 TEACHER = str(ROOT / "tests" / "emoji_sd3")
 PROMPT_FILE = f"{TEACHER}/prompts.txt"
 PROMPTS = Path(PROMPT_FILE).read_text().splitlines()
-SIDE = 32  # pixels of the teacher's pictures
-CPU = torch.device("cpu")
-ENVIRONMENT = dict(os.environ)  # what no test has changed
+DATA = ["--teacher", TEACHER, "--prompts", PROMPT_FILE]
+# Learning rates at which six iterations change pictures that have 256 levels of a colour. They
+# warm up over more updates than a test has, so that a lost count of updates shows.
 SMALL = [
-    *("--teacher", TEACHER, "--prompts", PROMPT_FILE, "--device", "cpu"),
-    *"--batch-size 4 --alpha 1 --max-schedule-steps 4".split(),
-    *"--iterations 6 --save-every 2 --sample-every 0".split(),
+    *"--batch-size 4 --alpha 1 --max-schedule-steps 4 --iterations 6 --save-every 2".split(),
+    *"--sample-every 0 --student-lr 3e-3 --fake-lr 3e-3 --warmup 10".split(),
 ]
-# Learning rates at which six iterations change pictures that have 256 levels of a colour.
-LIVELY = [*SMALL, *"--student-lr 3e-4 --fake-lr 3e-4 --warmup 0 --ema-decay 0.5".split()]
-LORA = {"whole": [], "lora": ["--lora-rank", "4"]}  # what a fixture's name adds to LIVELY
-SOME_SAMPLES = ["--sample-every", "3", "--sample-count", "1"]
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+KINDS = {"full": [], "lora": ["--lora-rank", "4"]}
 NEVER = 100_000  # iterations, for a run that only a signal ends
-ONE_SAVE = ["--save-every", NEVER]  # at the end
 
 
-# --- Running. ---
+# --- Runs in this process. ---
 
 
-def cdm_main(*flags):
-    """The exit code of `python cdm.py *flags`, run in this process.
-
-    main() sets signal handlers. They are put back.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+def run(*flags):
+    """`python cdm.py *flags` in this process. main() sets signal handlers. They are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return cdm.main([str(flag) for flag in flags])
+        cdm.main([str(flag) for flag in flags])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def finished(folder, *flags):
-    """The folder of a run that reached its end."""
-    assert cdm_main(*LIVELY, "--output-dir", folder, *flags) == 0
+def small_run(folder, *flags):
+    """The folder of a short run with the demo teacher."""
+    run(*DATA, *SMALL, "--output-dir", folder, *flags)
     return folder
 
 
-def saying(capfd, code, *flags):
-    """The last line of stderr of a run, which ends with this exit code and no traceback."""
-    capfd.readouterr()
-    assert cdm_main(*LIVELY, *flags) == code
-    err = capfd.readouterr().err
-    assert "Traceback" not in err
-    return err.splitlines()[-1]
+def watch(monkeypatch, look):
+    """Let look(call) see the arguments of each cdm_iteration, by name, before it happens."""
+    iteration = cdm.cdm_iteration
+    signature = inspect.signature(iteration)
 
+    def watched(*args, **options):
+        look(SimpleNamespace(**signature.bind(*args, **options).arguments))
+        return iteration(*args, **options)
 
-def build(*flags):
-    """A Run in this process, before its first iteration. It writes nothing until train()."""
-    run = cdm.Run(cdm.parse_args([*LIVELY, *map(str, flags)]), CPU)
-    if run.args.resume:
-        run.resume()
-    return run
+    monkeypatch.setattr(cdm, "cdm_iteration", watched)
 
 
 def load_family(*flags):
     """The demo teacher, as cdm.py loads it."""
-    return cdm.load_family(cdm.parse_args([*SMALL, *map(str, flags)]), CPU)
+    flags = [*DATA, "--output-dir", "/nowhere", *map(str, flags)]
+    return cdm.load_family(cdm.parse_args(flags))
 
 
-def inputs(run, n=4):
-    """x_t, t and cond for n samples, always the same."""
-    gen = torch.Generator().manual_seed(1)
-    x_t = torch.randn(n, *run.family.shape, generator=gen)
-    t = torch.rand(n, generator=gen)
-    return x_t, t, run.family.encode(PROMPTS[:n])
+def check_mistake(capfd, folder, flags, *words):
+    """A mistake has exit code 2, prints one sentence with these words, and writes nothing."""
+    before = snapshot(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(*flags)
+    out, err = capfd.readouterr()
+    assert end.value.code == 2
+    assert snapshot(folder) == before
+    # argparse prints the usage first.
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith("cdm.py: ") and out == "", err
+    for word in words:
+        assert word in sentence, (word, sentence)
 
 
 # --- Real processes. ---
 
 
-def process(*command, stderr=subprocess.PIPE, **env):
+def process(*command, cwd=ROOT, stderr=subprocess.PIPE, **env):
     """A process of this Python, which sees no GPU and sums in one thread, as this one does."""
-    env = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, *map(str, command)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=stderr)
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=pipe, stderr=stderr)
 
 
 def torchrun(*flags):
@@ -113,7 +106,7 @@ def torchrun(*flags):
     return process(*launcher, "cdm.py", *flags)
 
 
-def finish(popen, seconds=120):
+def finish(popen, seconds=240):
     """Exit code, stdout and stderr of a process, which is not waited for forever."""
     try:
         out, err = popen.communicate(timeout=seconds)
@@ -123,7 +116,7 @@ def finish(popen, seconds=120):
     return popen.returncode, out, err
 
 
-def wait_for(condition, popen, seconds=90):
+def wait_for(condition, popen, seconds=120):
     """Wait until a condition holds, while the process runs."""
     end = time.time() + seconds
     while time.time() < end and popen.poll() is None:
@@ -150,106 +143,6 @@ def freeze_when(popen, condition):
     wait_for(frozen, popen)
 
 
-@contextlib.contextmanager
-def files_limited_to(size):
-    """No file that this process writes may grow beyond `size` bytes: a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def scale_weights(teacher, factor):
-    """Make another teacher of a folder: the same files, with other weights of the transformer."""
-    file = teacher / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = {name: factor * x for name, x in load_file(file).items()}
-    save_file(weights, file, {"format": "pt"})
-
-
-def kill_9(popen):
-    popen.kill()
-    assert finish(popen)[0] == -signal.SIGKILL
-
-
-def logged(folder):
-    """Whether a run has written the first line of its log."""
-    file = folder / "log.jsonl"
-    return file.exists() and file.stat().st_size > 0
-
-
-# --- Long jobs of other processes. conftest.py starts them early. ---
-
-
-def two_processes(work, one, kind="whole"):
-    """A run that two processes began and one that two ended, beside `one`, which is not changed.
-
-    Two save at iteration 4 of the first; `one` saved at 4 and two go on. Returns the folders.
-    """
-    begun = work / f"begun_{kind}"
-    ended = shutil.copytree(one, work / f"ended_{kind}")
-    shutil.rmtree(ended / "checkpoint_000006")
-    shutil.rmtree(ended / "student")
-    flags = [*LIVELY, *LORA[kind], *SOME_SAMPLES, "--output-dir"]
-    both = torchrun(*flags, begun, "--iterations", 4), torchrun(*flags, ended, "--resume")
-    for popen in both:
-        code, _, err = finish(popen, 240)
-        assert code == 0, err[-3000:]
-    return begun, ended
-
-
-def send_signals(work):
-    """{signal: folder, exit code and stderr of a run that got it after its first log line}.
-
-    The runs begin as a shell begins a background job of a script: with SIGINT ignored.
-    """
-    script = "import cdm, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    script += "; sys.exit(cdm.main(sys.argv[1:]))"
-
-    def interrupt(number):
-        folder = work / number.name
-        endless = ["--iterations", NEVER, *ONE_SAVE]
-        popen = process("-c", script, *LIVELY, *endless, "--output-dir", folder)
-        freeze_when(popen, lambda: logged(folder))
-        popen.send_signal(number)
-        popen.send_signal(signal.SIGCONT)
-        code, _, err = finish(popen)
-        return folder, code, err
-
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(SIGNALS, threads.map(interrupt, SIGNALS), strict=True))
-
-
-def kill_twice(folder):
-    """A run that got kill -9 at its first log line, and again while a checkpoint was half written
-    beside a whole one. Returns the folder.
-    """
-    flags = [*LIVELY, "--output-dir", folder]
-    first = process("cdm.py", *flags, "--save-every", "100")
-    freeze_when(first, lambda: logged(folder))
-    assert checkpoints(folder) == []
-    kill_9(first)
-
-    def saving():
-        half = [name.endswith(".tmp") for name in checkpoints(folder)]
-        return any(half) and not all(half)
-
-    second = process("cdm.py", *flags, "--save-every", "1", "--resume")
-    freeze_when(second, saving)
-    kill_9(second)
-    assert saving()
-    assert not (folder / "student").exists()
-    return folder
-
-
-def run_toy_quickly(folder):
-    """A quick run of toy_2d.py. Returns the folder and what it printed."""
-    code, out, err = finish(
-        process("toy_2d.py", "--quick", "--seed", 3, "--output-dir", folder), 300
-    )
-    assert code == 0, err
-    return folder, out
-
-
 # --- What a run left. ---
 
 
@@ -261,43 +154,41 @@ def snapshot(folder):
     return found
 
 
-def log(folder):
-    """The lines of log.jsonl, without the time that they took."""
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    for line in lines:
-        assert line.pop("seconds") > 0
-    return lines
-
-
-def state(checkpoint):
-    """A checkpoint's state.json."""
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def results(folder):
-    """What must not depend on how often a run was stopped: checkpoint, exported student, log."""
-    last = max(Path(folder).glob("checkpoint_*"))
-    files = {**snapshot(last), **snapshot(Path(folder) / "student")}
-    assert any(name.startswith("student_exp_avg") for name in files), "compares nothing"
-    files.pop("README.md")  # it names its own folder
-    files["log.jsonl"] = log(last)
-    files["state.json"] = state(last)
-    files["state.json"].pop("command")  # so does this
-    for name, content in files.items():
-        if name.endswith(".safetensors"):  # the header's keys are written in random order
-            size = int.from_bytes(content[:8], "little")
-            files[name] = json.loads(content[8 : 8 + size]), content[8 + size :]
-    return {"last": last.name, "log": log(folder), **files}
-
-
 def checkpoints(folder):
     """The names of a run's checkpoints, sorted."""
     return sorted(path.name for path in Path(folder).glob("checkpoint*"))
 
 
-def shard(folder, rank=1):
-    """The file that one rank writes into a checkpoint for one dict of tensors."""
-    return f"{folder}/shard-{rank:05d}-model-00001-of-00001.safetensors"
+def log(folder):
+    """The lines of log.jsonl, without the speed."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("samples_per_second") > 0
+    return lines
+
+
+def tensors(checkpoint):
+    """All tensors of a checkpoint by name, whatever number of processes saved them."""
+    found = {}
+    for name, item in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+        found[name] = torch.zeros(item.size, dtype=item.properties.dtype)
+    dcp.load(found, checkpoint_id=checkpoint)
+    return found
+
+
+def assert_same_run(folder, expected):
+    """The newest checkpoint, the exported student and the log are the same to the bit."""
+    assert log(folder) == log(expected)
+    assert checkpoints(folder)[-1] == checkpoints(expected)[-1]
+    found, wanted = (tensors(path / checkpoints(path)[-1]) for path in (folder, expected))
+    assert found.keys() == wanted.keys()
+    assert len(found) > 100
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x), name
+    students = [snapshot(path / "student") for path in (folder, expected)]
+    for files in students:
+        files.pop("README.md")  # it names its own folder
+    assert students[0] == students[1]
 
 
 def assert_same_figures(found, expected):
@@ -311,59 +202,60 @@ def assert_same_figures(found, expected):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["iteration"], name)
 
 
-def check_sentence(out, err, *words):
-    """stderr is one sentence with these words, and stdout is empty."""
-    assert re.fullmatch(r"cdm\.py: [^\n]+\n", err), err
-    assert out == ""
-    assert len(err) < 600
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err, (word, err)
+# --- Pictures. ---
+
+QUARTERS = [1.0, 0.75, 0.5, 0.25]  # diffusers' sigmas, which its scheduler shifts
 
 
-def check_mistake(capfd, folder, flags, *words):
-    """A mistake has exit code 2, prints one sentence and leaves `folder` as it was."""
-    before = snapshot(folder)
-    capfd.readouterr()
-    code = cdm_main(*flags)
-    out, err = capfd.readouterr()
-    assert code == 2
-    check_sentence(out, err, *words)
-    assert snapshot(folder) == before
-    return err
+def sample_noise(family, i=0, seed=0):
+    """The noise of the sample grid's i-th picture."""
+    gen = cdm.generator(seed, "sample", i)
+    return torch.randn(1, *family.shape, generator=gen)
 
 
-# --- The same networks in diffusers. ---
-
-QUARTERS = [1.0, 0.75, 0.5, 0.25]  # diffusers' sigmas; its scheduler shifts them to 1, .9, .75, .5
-
-
-def load_pipe(**parts):
-    import diffusers
-
-    diffusers.utils.logging.disable_progress_bar()
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(TEACHER, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def load_student(folder):
-    """The pipeline with the transformer of a student/ folder."""
-    from diffusers import SD3Transformer2DModel
-
-    return load_pipe(transformer=SD3Transformer2DModel.from_pretrained(folder))
+def grid(folder, k, rows, count, side):
+    """The pictures of samples/step_NNNNNN.png, rows of them, at the size of the teacher's own."""
+    image = Image.open(folder / "samples" / f"step_{k:06d}.png")
+    width = image.width // count
+    height = image.height // rows
+    found = []
+    for y in range(rows):
+        bottom = (y + 1) * height  # a label is above each picture
+        boxes = [(x * width, bottom - width, (x + 1) * width, bottom) for x in range(count)]
+        found.append([image.resize((side, side), Image.Resampling.BOX, box) for box in boxes])
+    return found
 
 
-def pipeline_images(pipe, prompt, sigmas, **options):
-    """The student as its README calls it, in float32 on the CPU, from the noise of seed 0."""
-    return pipe(
+def readme_picture(folder, noise):
+    """The picture that student/README.md's own code draws, in float32 and from this noise."""
+    readme = (folder / "student" / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("    ") or not line.strip()]
+    code = inspect.cleandoc("\n".join(lines))
+    for old, new in {
+        "torch.bfloat16": "torch.float32",
+        "num_inference_steps": "latents=noise, num_inference_steps",
+        "image.png": f"{folder}.png",
+    }.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    exec(code, {"noise": noise})
+    return Image.open(f"{folder}.png")
+
+
+def levels(a, b):
+    """The largest difference of two pictures' colours, of 256 levels."""
+    a, b = (torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).int() for x in (a, b))
+    return int((a - b).abs().max())
+
+
+def pipeline_picture(pipe, prompt, noise, side, output_type="pil", **options):
+    """What diffusers draws without guidance, or its latents."""
+    (found,) = pipe(
         prompt,
-        height=SIDE,
-        width=SIDE,
-        guidance_scale=1.0,
-        num_inference_steps=len(sigmas),
-        sigmas=sigmas,
-        max_sequence_length=pipe.tokenizer_3.model_max_length,
-        generator=torch.Generator().manual_seed(0),
-        **options,
+        height=side,
+        width=side,
+        latents=noise,
+        output_type=output_type,
+        **{"guidance_scale": 1.0, **options},
     ).images
+    return found

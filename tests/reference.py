@@ -60,14 +60,13 @@ class Call:
 
     x: torch.Tensor
     t: torch.Tensor
-    made_at: torch.Tensor | None
     grad: bool  # gradients were on
 
 
 class Net(torch.nn.Module):
     """A nonlinear model(x_t, t, cond) -> v of few parameters, which logs its calls."""
 
-    def __init__(self, shape, seed, aware=False):
+    def __init__(self, shape, seed):
         super().__init__()
         self.log = []
         n = math.prod(shape)
@@ -75,13 +74,10 @@ class Net(torch.nn.Module):
         self.b = torch.nn.Linear(16, n).double()
         for i, p in enumerate(self.parameters()):
             p.data = 0.5 * randn(*p.shape, seed=100 * seed + i)
-        self.anchor_time = cdm.AnchorTime(3).double() if aware else None
 
-    def forward(self, x, t, cond, made_at=None):
-        self.log.append(Call(x.detach(), t, made_at, torch.is_grad_enabled()))
+    def forward(self, x, t, cond):
+        self.log.append(Call(x.detach(), t, torch.is_grad_enabled()))
         tokens, pooled = cond
-        if made_at is not None:
-            pooled = pooled + self.anchor_time(made_at)
         h = torch.cat([x.flatten(1), t[:, None], tokens.mean(1), pooled], 1)
         return self.b(torch.tanh(self.a(h))).view(x.shape)
 
@@ -159,10 +155,7 @@ def rollout(model, noise, times, cond):
 
 
 class AdamW:
-    """Clipping, linear warm-up and AdamW with betas 0.9 and 0.999, from their definitions.
-
-    params: tensors by name; lr: learning rates by name.
-    """
+    """Clipping, linear warm-up and AdamW with betas 0.9 and 0.999, from their definitions."""
 
     def __init__(self, params, lr, decay, clip, warmup):
         self.p = params
@@ -177,9 +170,9 @@ class AdamW:
     def step(self, gradients):
         self.n += 1
         norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
+        lr = self.lr * min(1.0, self.n / self.warmup)
         for name, g in gradients.items():
             g = g * min(1.0, self.clip / (norm + 1e-6))  # the 1e-6 is torch's
-            lr = self.lr[name] * min(1.0, self.n / self.warmup)
             self.m[name] = 0.9 * self.m[name] + 0.1 * g
             self.v[name] = 0.999 * self.v[name] + 0.001 * g * g
             m = self.m[name] / (1 - 0.9**self.n)
@@ -191,13 +184,13 @@ class AdamW:
 
 # --- The iteration on three such networks. ---
 
-Settings = partial(
-    cdm.CDM, max_schedule_steps=6, student_lr=1e-2, fake_lr=1e-2, warmup=0, alpha=3.0
+config = partial(
+    cdm.CDMConfig, max_schedule_steps=6, student_lr=1e-2, fake_lr=1e-2, warmup=0, alpha=3.0
 )
 
 
 class World:
-    """Three small networks as roles, their conditions and draws, and the iteration on them."""
+    """Three small networks in their roles, their conditions and draws, and the iteration."""
 
     def __init__(self, cfg, shape=(2,), batch=8):
         self.cfg = cfg
@@ -205,16 +198,17 @@ class World:
         self.batch = batch
         self.teacher = Net(shape, 1)
         self.student = Net(shape, 2)
-        self.fake = Net(shape, 3, cfg.anchor_aware_fake)
+        self.fake = Net(shape, 3)
         self.nets = {"teacher": self.teacher, "student": self.student, "fake": self.fake}
         self.gradients = {}  # by network and parameter: what AdamW saw last
         self.student_learner = self.learner("student", cfg.student_lr)
         self.fake_learner = self.learner("fake", cfg.fake_lr)
-        self.ema = parameters(self.student)
+        # Not the student's own, as they are in a run: nobody may take one for the other.
+        self.ema = {name: 0.5 * p for name, p in parameters(self.student).items()}
 
     def learner(self, name, lr):
         params = dict(self.nets[name].named_parameters())
-        learner = cdm.Learner(self.nets[name], [(params, lr)], self.cfg)
+        learner = cdm.Learner(self.nets[name], params, lr, self.cfg)
 
         def note_gradients(optimizer, args, kwargs):
             self.gradients[name] = {key: p.grad.clone() for key, p in params.items()}
@@ -222,29 +216,23 @@ class World:
         learner.optimizer.register_step_pre_hook(note_gradients)
         return learner
 
-    def draw(self, k, rows=slice(None)):
-        """cond, uncond and Draw of iteration k in float64."""
-        d = cdm.draw_iteration(self.cfg, 0, k, self.batch, self.shape, 3.0, rows)
+    def draw(self, k):
+        """cond, uncond (of one sample) and Draw of iteration k in float64."""
+        d = cdm.draw_iteration(self.cfg, 0, k, self.batch, self.shape, 3.0)
         d = replace(
             d,
             t_off=d.t_off.double(),
             tau={name: tau.double() for name, tau in d.tau.items()},
             noise={name: noise.double() for name, noise in d.noise.items()},
         )
-        cond = cdm.take(conditions(self.batch, k), rows)
-        uncond = cdm.take(conditions(self.batch, 1000), rows)
-        return cond, uncond, d
+        return conditions(self.batch, k), conditions(1, 1000), d
 
-    def iterate(self, k, micro=1):
-        """Run iteration k in `micro` micro-batches and return its log."""
+    def iterate(self, k, micro_batch=0):
+        """Run iteration k and return its log."""
         for net in self.nets.values():
             net.log.clear()
-        n = self.batch // micro
-        batches = []
-        for first in range(0, self.batch, n):
-            batches.append(self.draw(k, slice(first, first + n)))
-        learners = self.student_learner, self.fake_learner
-        return cdm.cdm_iteration(k, batches, self.teacher, *learners, self.ema, self.cfg)
+        roles = self.teacher, self.student_learner, self.fake_learner, self.ema
+        return cdm.cdm_iteration(k, *self.draw(k), *roles, self.cfg, micro_batch)
 
     def anchors(self, k, student):
         """x_{t_i}, t_i and v of iteration k for a student, from a full rollout."""

@@ -2,7 +2,7 @@
 
     images, groups = load_emoji()      # (102, 3, 32, 32) in [-1, 1], (102,) in 0..4
     samples, asked = sample(pipe, pipe.transformer, shifted_times(4), per_group=500)
-    result = measure(samples, asked)   # blends, members, shares, agreement, Fréchet distance
+    result = measure(samples, asked)   # blends, members, evenness, agreement, Fréchet distance
 
 A prompt names a group only ("an animal"). Which member of it appears is a hidden mode of known
 probability, so what a model blends or drops can be counted. The source: `../emoji_SOURCE.md`.
@@ -59,6 +59,13 @@ def embed_prompts(pipe):
 
 
 @torch.no_grad()
+def decode(pipe, latents):
+    """Images (N, 3, 32, 32) in [-1, 1] of latents (N, 8, 8, 8)."""
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.vae.decode(latents).sample.clamp(-1, 1)
+
+
+@torch.no_grad()
 def sample(pipe, transformer, times, per_group, guidance=1.0, seed=0, batch=250):
     """Euler steps along `times` from noise: images (5 * per_group, 3, 32, 32) in [-1, 1], groups.
 
@@ -81,8 +88,7 @@ def sample(pipe, transformer, times, per_group, guidance=1.0, seed=0, batch=250)
                 v_empty = velocity(x_t, t, torch.full_like(group, EMPTY))
                 v = v_empty + guidance * (v - v_empty)
             x_t = x_t + (t_next - t) * v
-        latents = x_t / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        images.append(pipe.vae.decode(latents).sample.clamp(-1, 1))
+        images.append(decode(pipe, x_t))
     return torch.cat(images), groups
 
 
@@ -121,12 +127,13 @@ def measure(samples, asked):
     blends     share of samples farther than the threshold from every member of their group
     members    how many members of the group appear among the samples that are not blends
     variation  total variation distance of those samples' shares from 1/n (1 if there are none)
+    found      the members that appear, as indices into all of them
     agreement  share of all samples whose nearest member of all groups is in the group asked for
     frechet    distance to all members, each group with the same weight
     """
     images, groups = load_emoji()
     distances = rms_distances(samples, images)
-    result = {"blends": [], "members": [], "variation": []}
+    result = {"blends": [], "members": [], "variation": [], "found": []}
     for group, size in enumerate(groups.bincount().tolist()):
         nearest, member = distances[asked == group][:, groups == group].min(dim=1)
         clean = nearest <= blend_threshold(images, groups)
@@ -136,6 +143,7 @@ def measure(samples, asked):
         result["blends"].append(1 - clean.float().mean().item())
         result["members"].append((counts > 0).sum().item())
         result["variation"].append(variation if clean.any() else 1.0)
+        result["found"] += (groups == group).nonzero().flatten()[counts > 0].tolist()
     result["agreement"] = (groups[distances.argmin(dim=1)] == asked).float().mean().item()
     weights = 1 / (len(PROMPTS) * groups.bincount()[groups])
     result["frechet"] = frechet_distance(samples, images, weights)

@@ -6,7 +6,6 @@ It runs README's first command with a student kept every 20 iterations, and draw
 the same noise.
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -25,45 +24,31 @@ LABEL = 18  # pixels above each row for its label
 
 def first_command():
     """The flags of README's first command."""
-    (command,) = re.findall(r"&& python cdm\.py (--teacher .*)", (ROOT / "README.md").read_text())
-    return command.split()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    return re.search(r"python cdm\.py (--teacher tests/emoji_sd3 .*)", readme)[1].split()
 
 
-def strip(images, label):
-    """One row: a label above images (N, 3, 32, 32) in [-1, 1], as a PIL image."""
-    row = Image.new("RGB", (SIDE * len(images), SIDE + LABEL), "white")
-    ImageDraw.Draw(row).text((2, 2), label, fill="black", font_size=13)
-    for i, image in enumerate(images):
-        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        small = Image.fromarray(pixels)
-        row.paste(small.resize((SIDE, SIDE), Image.Resampling.BOX), (i * SIDE, LABEL))
-    return row
-
-
-def stack(rows):
-    """Rows under each other."""
-    frame = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        frame.paste(row, (0, top))
-        top += row.height
+def draw_frame(rows):
+    """Labels above rows of images (N, 3, 32, 32) in [-1, 1], as a PIL image."""
+    columns = max(len(images) for images in rows.values())
+    frame = Image.new("RGB", (SIDE * columns, (SIDE + LABEL) * len(rows)), "white")
+    for y, (label, images) in enumerate(rows.items()):
+        top = y * (SIDE + LABEL)
+        ImageDraw.Draw(frame).text((2, top + 2), label, fill="black", font_size=13)
+        for x, image in enumerate(images):
+            pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
+            frame.paste(small, (x * SIDE, top + LABEL))
     return frame
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "assets" / "emoji_training.gif")
-    args = parser.parse_args()
-
     pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "tests" / "emoji_sd3")
     guided, _ = sample(pipe, pipe.transformer, shifted_times(28), 3, guidance=2.0)
     plain, _ = sample(pipe, pipe.transformer, shifted_times(2), 3)
-    teacher = [
-        strip(guided, "teacher, 28 steps, guidance 2"),
-        strip(plain, "teacher, 2 steps"),
-    ]
-    frames = []
+    teacher = {"teacher, 28 steps, guidance 2": guided, "teacher, 2 steps": plain}
+    frames = [draw_frame(teacher | {"student, 2 steps, iteration 0: the teacher": plain})]
     with tempfile.TemporaryDirectory() as folder:
         more = ["--output-dir", f"{folder}/run", "--export-every", "20", "--sample-every", "0"]
         subprocess.run([sys.executable, "cdm.py", *first_command(), *more], cwd=ROOT, check=True)
@@ -71,11 +56,11 @@ def main():
             net = SD3Transformer2DModel.from_pretrained(student)
             images, _ = sample(pipe, net, shifted_times(2), 3)
             k = int(student.name.removeprefix("step_"))
-            frames.append(stack([*teacher, strip(images, f"student, 2 steps, iteration {k}")]))
-    first = stack([*teacher, strip(plain, "student, 2 steps, iteration 0: the teacher")])
-    durations = [1200, *[350] * (len(frames) - 1), 2500]
-    first.save(
-        args.output, save_all=True, append_images=frames, duration=durations, loop=0, optimize=True
+            frames.append(draw_frame(teacher | {f"student, 2 steps, iteration {k}": images}))
+    path = ROOT / "assets" / "emoji_training.gif"
+    durations = [1200, *[350] * (len(frames) - 2), 2500]
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True
     )
 
 

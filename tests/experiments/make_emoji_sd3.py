@@ -18,48 +18,17 @@ of the real model: `SD3Transformer2DModel`, `AutoencoderKL`, two `CLIPTextModelW
 import argparse
 import copy
 import math
-import os
 import string
-import time
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # They report optional packages.
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-
 import diffusers
+import emoji
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from emoji import (
-    EMPTY,
-    PROMPTS,
-    blend_threshold,
-    embed_prompts,
-    load_emoji,
-    measure,
-    sample,
-    shifted_times,
-)
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import trange
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
-
-diffusers.utils.logging.disable_progress_bar()  # Of loading and saving. Training has its own.
-transformers.utils.logging.disable_progress_bar()
 
 TESTS = Path(__file__).parents[1]
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: fonts-noto-color-emoji
@@ -67,6 +36,7 @@ TOKENS = 4  # Length of the CLIP and of the T5 sequence. SD3-Medium has 77 and 2
 CLIP_DIM = 32  # The two CLIP embeddings side by side are 64 wide, as T5's is.
 T5_DIM = 64
 LATENT_CHANNELS = 8  # SD3-Medium has 16.
+PER_GROUP = 500  # samples for the figures
 
 # In the order of PROMPTS. Left out is what 32 x 32 pixels cannot tell apart: two members of one
 # group differ by .31 or more (rms, of pixels in [-1, 1]).
@@ -79,8 +49,7 @@ MEMBERS = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Pictures
+# --- 1. Pictures. ---
 
 
 def draw_members():
@@ -98,8 +67,7 @@ def draw_members():
     np.savez_compressed(TESTS / "emoji.npz", x=np.stack(pictures), y=np.array(groups))
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Text
+# --- 2. Text. ---
 
 
 def merge(parts, pair):
@@ -119,7 +87,7 @@ def make_tokenizers():
     They know the words of the prompts and spell everything else. A sequence longer than TOKENS is
     cut off, as SD3 does.
     """
-    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    words = sorted({word for prompt in emoji.PROMPTS for word in prompt.split()})
     letters = string.ascii_lowercase + string.digits + string.punctuation
 
     vocab = [*letters, *(letter + "</w>" for letter in letters)]
@@ -134,21 +102,21 @@ def make_tokenizers():
             parts = [parts[0] + parts[1], *parts[2:]]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(vocab)}
-    clip = CLIPTokenizer(ids, merges, model_max_length=TOKENS)
+    clip = transformers.CLIPTokenizer(ids, merges, model_max_length=TOKENS)
     # SD3's second tokenizer pads with "!", too.
-    clip_2 = CLIPTokenizer(ids, merges, model_max_length=TOKENS, pad_token="!")
+    clip_2 = transformers.CLIPTokenizer(ids, merges, model_max_length=TOKENS, pad_token="!")
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [("▁" + word, -1.0) for word in words]
     pieces += [(letter, -10.0) for letter in "▁" + letters]
-    t5 = T5TokenizerFast(pieces, extra_ids=0, model_max_length=TOKENS)
+    t5 = transformers.T5TokenizerFast(pieces, extra_ids=0, model_max_length=TOKENS)
     return clip, clip_2, t5
 
 
 @torch.no_grad()
 def make_clip(tokenizer, activation):
     """A random CLIP text model whose pooled embeddings tell the prompts apart."""
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=TOKENS,
         hidden_act=activation,
@@ -161,12 +129,12 @@ def make_clip(tokenizer, activation):
         eos_token_id=tokenizer.eos_token_id,  # The pooled embedding is that of the first EOS.
         pad_token_id=tokenizer.pad_token_id,
     )
-    clip = CLIPTextModelWithProjection(config).eval()
+    clip = transformers.CLIPTextModelWithProjection(config).eval()
     # Of prompts that differ in one word, random weights make nearly parallel pooled vectors. Let
     # the last layer norm, which only the pooled vector passes through in SD3, subtract what they
     # share.
     norm = clip.text_model.final_layer_norm
-    tokens = tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    tokens = tokenizer(emoji.PROMPTS, padding="max_length", return_tensors="pt").input_ids
     pooled = clip.text_model(tokens).pooler_output
     norm.weight.div_(pooled.std(dim=0))
     norm.bias.sub_(pooled.mean(dim=0) / pooled.std(dim=0))
@@ -175,7 +143,7 @@ def make_clip(tokenizer, activation):
 
 def make_t5(tokenizer):
     """A random T5 encoder."""
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=T5_DIM,
         d_ff=T5_DIM,
@@ -184,19 +152,18 @@ def make_t5(tokenizer):
         d_kv=T5_DIM // 2,
         feed_forward_proj="gated-gelu",
     )
-    return T5EncoderModel(config).eval()
+    return transformers.T5EncoderModel(config).eval()
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Autoencoder
+# --- 3. Autoencoder. ---
 
 
-def train_vae(images, iterations, batch=8, lr=3e-3, kl_weight=2e-4):
+def train_vae(images, iterations=5000, batch=8, lr=3e-3, kl_weight=2e-4):
     """Absolute error plus a light KL term.
 
     Then SD3's shift and scale, which bring the latents to mean 0 and standard deviation 1.
     """
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 48),
@@ -212,8 +179,7 @@ def train_vae(images, iterations, batch=8, lr=3e-3, kl_weight=2e-4):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=iterations, pct_start=0.05
     )
-    bar = trange(iterations, desc="autoencoder", mininterval=5)
-    for i in bar:
+    for _ in trange(iterations, desc="autoencoder"):
         x = images[torch.randint(len(images), (batch,))]
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample()).sample
@@ -223,8 +189,6 @@ def train_vae(images, iterations, batch=8, lr=3e-3, kl_weight=2e-4):
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if i % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
     with torch.no_grad():
         latents = vae.eval().encode(images).latent_dist.mode()
     vae.register_to_config(
@@ -233,13 +197,12 @@ def train_vae(images, iterations, batch=8, lr=3e-3, kl_weight=2e-4):
     return vae
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Transformer
+# --- 4. Transformer. ---
 
 
 def make_transformer(layers=4, heads=4, head_dim=28):
     """SD3's transformer, 4 blocks of width 112. The table of positions is saved, so it is small."""
-    return SD3Transformer2DModel(
+    return diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         pos_embed_max_size=4,
@@ -257,10 +220,10 @@ def make_transformer(layers=4, heads=4, head_dim=28):
 def log_shares(groups):
     """Log of each member's probability given the prompt: (6, n), the last row for the empty one."""
     sizes = groups.bincount()
-    table = torch.full((len(PROMPTS) + 1, len(groups)), -torch.inf)
+    table = torch.full((len(emoji.PROMPTS) + 1, len(groups)), -torch.inf)
     for group, size in enumerate(sizes):
         table[group, groups == group] = -math.log(size)
-    table[EMPTY] = -torch.log(len(PROMPTS) * sizes[groups])
+    table[emoji.EMPTY] = -torch.log(len(emoji.PROMPTS) * sizes[groups])
     return table
 
 
@@ -277,9 +240,7 @@ def exact_velocity(x_t, t, latents, log_share):
     return ((x - posterior @ points) / t).view_as(x_t)
 
 
-def train_transformer(
-    transformer, latents, groups, embeds, pooled, iterations, save, batch=32, lr=2e-3
-):
+def train_transformer(transformer, latents, groups, embeds, pooled, iterations, batch=32, lr=2e-3):
     """Flow matching, x_t = (1 - t) x_0 + t eps, on the exact velocity. Returns the moving average.
 
     The usual target, eps - x_0 of the sample at hand, has the same mean and a large variance.
@@ -294,10 +255,9 @@ def train_transformer(
         optimizer, lr, total_steps=iterations, pct_start=0.02
     )
     log_share = log_shares(groups)
-    bar = trange(iterations, desc="transformer", mininterval=10)
-    for i in bar:
-        pick = torch.multinomial(log_share[EMPTY].exp(), batch, replacement=True)
-        prompt = torch.where(torch.rand(batch) < 0.1, EMPTY, groups[pick])
+    for i in trange(iterations, desc="transformer"):
+        pick = torch.multinomial(log_share[emoji.EMPTY].exp(), batch, replacement=True)
+        prompt = torch.where(torch.rand(batch) < 0.1, emoji.EMPTY, groups[pick])
         no_t5 = (torch.rand(batch) < 0.1).long()
         u = (torch.arange(batch) + torch.rand(batch)) / batch  # One in each of equal bins.
         t = torch.where(torch.arange(batch) % 2 == 0, u, 3 * u / (1 + 2 * u)).clamp(min=1e-3)
@@ -319,38 +279,31 @@ def train_transformer(
         with torch.no_grad():
             for average, parameter in zip(ema.parameters(), transformer.parameters(), strict=True):
                 average.lerp_(parameter, 1 - decay)
-        if i % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if i % 2000 == 1999:
-            save(ema)  # So that others can look at it while it trains.
-    return ema.eval()
+    return ema
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. The folder and its figures
+# --- 5. The folder and its figures. ---
 
 
 def save_teacher(pipe, transformer, folder):
     """The complete pipeline with this transformer. What was trained is saved as float16."""
-    half = copy.copy(pipe)
-    half.transformer = copy.deepcopy(transformer).half()
-    half.vae = copy.deepcopy(pipe.vae).half()
-    half.save_pretrained(folder)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    pipe.transformer = transformer.half()
+    pipe.vae.half()
+    pipe.save_pretrained(folder)
+    (folder / "prompts.txt").write_text("\n".join(emoji.PROMPTS) + "\n")
 
 
-def table_of_measures(folder, per_group):
-    """Markdown rows of the figures of the teacher in `folder`."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+def table_of_measures(pipe):
+    """Markdown rows: blends and members of each group, agreement, Fréchet distance."""
     rows = [
-        "| sampler | " + " | ".join(PROMPTS) + " | agreement | Fréchet |",
-        "|---|" + "---|" * (len(PROMPTS) + 2),
+        "| sampler | " + " | ".join(emoji.PROMPTS) + " | agreement | Fréchet |",
+        "|---|" + "---|" * (len(emoji.PROMPTS) + 2),
     ]
-    sizes = load_emoji()[1].bincount().tolist()
+    sizes = emoji.load_emoji()[1].bincount().tolist()
     for steps, guidance in [(28, 2.0), (28, 1.0), (8, 1.0), (4, 1.0), (2, 1.0), (1, 1.0)]:
-        times = shifted_times(steps)
-        samples, asked = sample(pipe, pipe.transformer, times, per_group, guidance)
-        result = measure(samples, asked)
+        times = emoji.shifted_times(steps)
+        samples, asked = emoji.sample(pipe, pipe.transformer, times, PER_GROUP, guidance)
+        result = emoji.measure(samples, asked)
         name = f"{steps} steps, guidance {guidance:g}"
         if guidance == 1.0:
             name = f"{steps} steps, no guidance"
@@ -360,16 +313,7 @@ def table_of_measures(folder, per_group):
         cells.append(f"{result['agreement']:.1%}")
         cells.append(f"{result['frechet']:.2f}")
         rows.append("| " + " | ".join(cells) + " |")
-        print(rows[-1], flush=True)
     return "\n".join(rows)
-
-
-@torch.no_grad()
-def reconstruction_errors(folder, images):
-    """Root mean square error of the saved autoencoder, an image at a time: (n,)."""
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
-    decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample
-    return (decoded - images).square().mean(dim=(1, 2, 3)).sqrt()
 
 
 README = """# Small teacher: Stable Diffusion 3 for emoji
@@ -398,26 +342,26 @@ Data: Noto Color Emoji, Google, SIL Open Font License 1.1; see `../emoji_SOURCE.
 """
 
 
+@torch.no_grad()
 def write_readme(folder, args, images, groups):
-    """Measures the teacher in `folder` and writes what it is into its README.md."""
-    table = table_of_measures(folder, args.per_group)
-    errors = reconstruction_errors(folder, images)
-    transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    """Measures the teacher in `folder` as a user would load it, into its README.md."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    decoded = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mode()).sample
+    errors = (decoded - images).square().mean(dim=(1, 2, 3)).sqrt()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     text = README.format(
         size=size,
-        parameters=transformer.num_parameters(),
+        parameters=pipe.transformer.num_parameters(),
         arguments=f" --seed {args.seed} --iterations {args.iterations}",
         channels=LATENT_CHANNELS,
         tokens=TOKENS,
-        per_group=args.per_group,
-        threshold=blend_threshold(images, groups),
+        per_group=PER_GROUP,
+        threshold=emoji.blend_threshold(images, groups),
         mean_error=errors.mean().item(),
         max_error=errors.max().item(),
-        table=table,
+        table=table_of_measures(pipe),
     )
     (folder / "README.md").write_text(text)
-    print(f"{folder}: {size:.2f} MB")
 
 
 def main():
@@ -425,18 +369,15 @@ def main():
     parser.add_argument("--output", type=Path, default=TESTS / "emoji_sd3", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=20000, help="of the transformer")
-    parser.add_argument("--vae-iterations", type=int, default=5000, help="of the autoencoder")
-    parser.add_argument("--per-group", type=int, default=500, help="samples for the figures")
     args = parser.parse_args()
-    start = time.time()
 
     if FONT.exists():
         draw_members()
-    images, groups = load_emoji()
+    images, groups = emoji.load_emoji()
 
     # Every stage starts from the seed, so that one can be changed without changing the others.
     torch.manual_seed(args.seed)
-    vae = train_vae(images, args.vae_iterations)
+    vae = train_vae(images)
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -448,9 +389,9 @@ def main():
     t5 = make_t5(tokenizers[2])
 
     torch.manual_seed(args.seed)
-    pipe = StableDiffusion3Pipeline(
+    pipe = diffusers.StableDiffusion3Pipeline(
         transformer=make_transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=clip,
         tokenizer=tokenizers[0],
@@ -459,20 +400,12 @@ def main():
         text_encoder_3=t5,
         tokenizer_3=tokenizers[2],
     )
-    embeds, pooled = embed_prompts(pipe)
+    embeds, pooled = emoji.embed_prompts(pipe)
     without_t5 = embeds.clone()
     without_t5[:, TOKENS:] = 0  # What the pipeline has in the place of a T5 that is not there.
-    ema = train_transformer(
-        pipe.transformer,
-        latents,
-        groups,
-        torch.stack([embeds, without_t5]),
-        pooled,
-        args.iterations,
-        save=lambda ema: save_teacher(pipe, ema, args.output),
-    )
+    embeds = torch.stack([embeds, without_t5])
+    ema = train_transformer(pipe.transformer, latents, groups, embeds, pooled, args.iterations)
     save_teacher(pipe, ema, args.output)
-    print(f"built in {(time.time() - start) / 60:.0f} minutes; measuring")
     write_readme(args.output, args, images, groups)
 
 
