@@ -710,8 +710,7 @@ def save(k, tensors, args):
     unfinished = folder / "unfinished"
     if RANK == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a save that was killed
-    # This waits for all processes before it writes.
-    dcp.save(tensors, checkpoint_id=unfinished, no_dist=WORLD == 1)
+    dcp.save(tensors, checkpoint_id=unfinished)  # waits for all processes before it writes
     if RANK > 0:
         return
     (unfinished / "run.json").write_text(json.dumps(vars(args) | {"k": k}, indent=1))
@@ -734,7 +733,7 @@ def resume(tensors, args):
     for name in [*vars(CDMConfig()), *same]:
         now, was = getattr(args, name), saved[name]
         require(now == was, f"--resume: --{name.replace('_', '-')} is {now}, and was {was}.")
-    dcp.load(tensors, checkpoint_id=folder, no_dist=WORLD == 1)
+    dcp.load(tensors, checkpoint_id=folder)
     if RANK == 0:  # the log has a line for each student update
         log = folder.parent / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True)
