@@ -96,16 +96,13 @@ def load_pipeline():
 def references():
     """Lines of the data and of the teacher."""
     pipe = load_pipeline()
-    guided = {steps: shifted_times(int(steps)) for steps in ("4", "8", "28")}
     lines = []
     for count in (FEW, MANY):
         lines.append(score(*draw_data(pipe, count), "data", 0, 0, "data"))
         for grid, times in (GRIDS | {"28": shifted_times(28)}).items():
-            drawn = sample(pipe, pipe.transformer, times, count)
-            lines.append(score(*drawn, "teacher", 0, 0, grid))
-        for grid, times in guided.items():
-            drawn = sample(pipe, pipe.transformer, times, count, guidance=2.0)
-            lines.append(score(*drawn, "teacher, guidance 2", 0, 0, grid))
+            for name, guidance in (("teacher", 1.0), ("teacher, guidance 2", 2.0)):
+                drawn = sample(pipe, pipe.transformer, times, count, guidance)
+                lines.append(score(*drawn, name, 0, 0, grid))
     return lines + pools(pipe, pipe.transformer, "teacher", 0, 0)
 
 

@@ -295,10 +295,8 @@ def save_teacher(pipe, transformer, folder):
 
 def table_of_measures(pipe):
     """Markdown rows: blends and members of each group, agreement, Fréchet distance."""
-    rows = [
-        "| sampler | " + " | ".join(emoji.PROMPTS) + " | agreement | Fréchet |",
-        "|---|" + "---|" * (len(emoji.PROMPTS) + 2),
-    ]
+    rows = ["| " + " | ".join(["sampler", *emoji.PROMPTS, "agreement", "Fréchet"]) + " |"]
+    rows.append("|---" * (len(emoji.PROMPTS) + 3) + "|")
     sizes = emoji.load_emoji()[1].bincount().tolist()
     for steps, guidance in [(28, 2.0), (28, 1.0), (8, 1.0), (4, 1.0), (2, 1.0), (1, 1.0)]:
         times = emoji.shifted_times(steps)
