@@ -7,7 +7,7 @@ prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Im
     python cdm.py --teacher ... --lora-rank 64                          # one GPU of 24 GB
     torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...       # many GPUs, FSDP2
 
-Section 1 is the algorithm. It uses torch alone and works for any model; toy_2d.py imports it.
+Section 1 is the algorithm, in torch alone and for any model; toy_2d.py imports it.
 Section 2 connects it to two model families of diffusers. Section 3 runs it.
 
 Notation, and where it is in the paper and in the code. t = 0 is data, t = 1 is noise, c is the
@@ -23,7 +23,7 @@ prompt, uncond the empty one, sg[] stops the gradient.
     1 = t_1 > ... > t_N > 0        dynamic schedule               sec. 3.2   sample_schedule
     x_{t_i}, t_i                   anchor, on the trajectory      sec. 3.2   backward_simulation
     x_{t'}, t'                     off-trajectory point           Eq. 7      off_trajectory_point
-    z = (1 - tau) sg[x0_hat] + tau noise   x0_hat noised again, to time tau  tau: draw_iteration
+    z = (1 - tau) sg[x0_hat] + tau noise   x0_hat noised again, to time tau  add_noise
     w                              weight of a sample                        dmd_weight
     sg[x0_hat + w delta]           pseudo-target                             pseudo_target_loss
     L_CA                           CFG augmentation by alpha      Eqs. 3-4   ca_loss
@@ -33,10 +33,10 @@ prompt, uncond the empty one, sg[] stops the gradient.
     phi <- beta phi + (1 - beta) theta   the fake score is pulled            average_into
     L = L_CA + L_DM + L_CDM        one iteration                             cdm_iteration
 
-What differs from the authors' release: the EMA is float32, where theirs is bf16 by our reading.
-Prompts are drawn with replacement. All processes share the inner times of a schedule, where theirs
-draw their own. Warm-up reaches the full rate at update 100, theirs on 8 processes at the 14th. A
-LoRA is a network of its own around shared weights, where theirs are two adapters in one network.
+What differs from the authors' release: prompts are drawn with replacement, by default from 2,016
+short ones, theirs without, from 200,000 captions. The EMA is float32, theirs bf16 by our reading.
+All processes share a schedule's inner times, theirs draw their own. Warm-up takes 100 updates,
+theirs 14 on 8 processes. Each LoRA is a network around the teacher's weights, theirs share one.
 """
 
 import contextlib
@@ -210,7 +210,7 @@ def dm_loss(x0_hat, teacher, fake_score, cond, tau, noise):
 
     It keeps samples on the data. By Tweedie's formula delta is tau^2 / (1 - tau) (s_real - s_fake),
     the DMD direction. L_CDM (sec. 3.3) is this function with x0_hat from the off-trajectory point:
-    it keeps estimates on the data at times that no schedule visits.
+    it keeps estimates on the data from any point and time, visited by a schedule or not.
     """
     with torch.no_grad():
         z = add_noise(x0_hat, tau, noise)
@@ -342,7 +342,7 @@ class Learner:
 
 @torch.no_grad()
 def average_into(params, others, decay):
-    """p <- decay p + (1 - decay) other, in place, for each name in `others`. 0 copies."""
+    """p <- decay p + (1 - decay) other, in place, for each name in `others`. 0: a copy."""
     for name, other in others.items():
         p = params[name]
         p.lerp_(other.to(p.device, p.dtype), 1 - decay)
@@ -379,8 +379,8 @@ def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg,
     anchor = backward_simulation(student.model, noise["start"], draw.schedule, draw.index, cond)
     x_off, t_off = off_trajectory_point(anchor, draw, cfg)
 
-    # Fake score, in every iteration: flow matching on the student's clean estimates. Eq. 1 with the
-    # recorded velocity: they need no further evaluation.
+    # Fake score, in every iteration: flow matching on the student's clean estimates, Eq. 1 with the
+    # recorded velocity. share: a part's fraction of the batch, whose mean the parts add up to.
     x0_hat = clean_estimate(anchor.x_t, anchor.t, anchor.v)
     for rows in parts:
         x0, c = x0_hat[rows], take(cond, rows)
@@ -395,27 +395,26 @@ def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg,
     if k % cfg.student_every != 0:
         return stats
 
-    # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM. Each graph is freed by its backward
-    # pass before the next is built.
+    # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM, one graph in memory at a time.
     for rows in parts:
         # L_CA and L_DM at the anchor, from one evaluation of the student.
         c = take(cond, rows)
         x_t, t = anchor.x_t[rows], anchor.t[rows]
         share = len(t) / batch
-        z = {name: (tau[name][rows], noise[name][rows]) for name in tau}
+        at = {name: (tau[name][rows], noise[name][rows]) for name in tau}
         x0_hat = clean_estimate(x_t, t, student.model(x_t, t, c))
-        ca, w_ca = ca_loss(x0_hat, teacher, c, repeat(uncond, len(t)), *z["ca"], cfg.alpha)
-        dm, w_dm = dm_loss(x0_hat, teacher, fake_score.model, c, *z["dm"])
+        ca, w_ca = ca_loss(x0_hat, teacher, c, repeat(uncond, len(t)), *at["ca"], cfg.alpha)
+        dm, w_dm = dm_loss(x0_hat, teacher, fake_score.model, c, *at["dm"])
         (share * (cfg.ca_weight * ca + cfg.dm_weight * dm)).backward()
         record(share, loss_ca=ca, w_ca=w_ca.mean(), loss_dm=dm, w_dm=w_dm.mean())
         # L_CDM at the off-trajectory point, from a second evaluation.
         if cfg.cdm_weight:
             x_t, t = x_off[rows], t_off[rows]
             x0_hat = clean_estimate(x_t, t, student.model(x_t, t, c))
-            cdm, w_cdm = dm_loss(x0_hat, teacher, fake_score.model, c, *z["cdm"])
+            cdm, w_cdm = dm_loss(x0_hat, teacher, fake_score.model, c, *at["cdm"])
             (share * cfg.cdm_weight * cdm).backward()
             record(share, loss_cdm=cdm, w_cdm=w_cdm.mean())
-    n = student.updates  # before this one
+    n = student.updates  # those before this one
     stats["grad_norm_student"] = student.step()
     average_into(ema, student.params, min((1 + n) / (10 + n), cfg.ema_decay))  # theta_bar
     return stats
@@ -438,8 +437,8 @@ def require(condition, sentence):
 
 
 class Family:
-    """A loaded pipeline. A new family is a class like SD3, named in load_family. Also look at the
-    patch size in here, the blocks in shard, and the targets in make_learner."""
+    """A loaded pipeline. A new family defines embed, velocity and call_options as SD3 does, and is
+    named in load_family. Also look at patch in here, shard, and the targets in make_learner."""
 
     skip = ()  # parts of the pipeline that are not loaded
 
@@ -451,7 +450,7 @@ class Family:
         self.absent = absent  # {name: None} of the parts that were not loaded
         self.bf16 = pipe.dtype == torch.bfloat16
         patch = 2 * pipe.vae_scale_factor  # pixels of a token's side: a token is 2 x 2 latents
-        self.resolution = args.resolution or pipe.default_sample_size * patch // 2
+        self.resolution = args.resolution or pipe.default_sample_size * pipe.vae_scale_factor
         require(self.resolution % patch == 0, f"--resolution must be a multiple of {patch}.")
         side = self.resolution // patch  # in tokens
         self.shape = (pipe.vae.config.latent_channels, 2 * side, 2 * side)  # of latents
@@ -468,7 +467,7 @@ class Family:
             for x in self.offloaded:
                 x.data = x.data.pin_memory()
         self.uncond = self.encode([""])  # of one sample
-        self.strips = {}  # of the sample grid, by their labels
+        self.strips = {}  # rows of the sample grid, by their labels
 
         # The shift of the teacher's scheduler, which must do nothing else with the times. A dynamic
         # one is e^mu, where mu is linear in the number of image tokens.
@@ -516,7 +515,7 @@ class SD3(Family):
 
     @property
     def call_options(self):
-        """Of the pipeline's call: the authors' 256 T5 tokens, or fewer if T5's tokenizer has."""
+        """Of the pipeline's call: the authors' 256 T5 tokens, fewer if T5's tokenizer says so."""
         return {"max_sequence_length": min(256, self.pipe.tokenizer_3.model_max_length)}
 
     def embed(self, prompts):
@@ -538,7 +537,7 @@ class LongCatImage(Family):
 
     def embed(self, prompts):
         self.pipe.text_encoder.lm_head = torch.nn.Identity()  # nobody needs its logits
-        # The ids, (512, 3), are those of positions: 0, i, i for all prompts.
+        # The ids, (512, 3), are positions: token i has (0, i, i), whatever the prompt.
         text, self.text_ids = self.pipe.encode_prompt(prompts)
         return (text,)
 
@@ -567,9 +566,9 @@ def load_family(args):
     family = families.get(index["_class_name"])
     require(family, f"--teacher is a {index['_class_name']}: give a {' or a '.join(families)}.")
     absent = dict.fromkeys(family.skip)
-    if args.no_t5:  # its tokenizer stays and says the prompts' length
+    if args.no_t5:  # its tokenizer stays: call_options reads the length from it
         absent["text_encoder_3"] = None
-    # What does not train is bf16 on a GPU.
+    # What does not train is bf16 on a GPU, whatever --weights says.
     dtype = torch.bfloat16 if DEVICE == "cuda" else getattr(torch, args.weights)
     pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, **absent)
     return family(pipe, absent, args)
@@ -594,7 +593,7 @@ class Settings(CDMConfig):
     no_t5: bool = False  # leave out T5, 9.5 GB in bf16
     resume: bool = False  # continue the run in --output-dir
     save_every: int = 500  # iterations between checkpoints, of which the newest two are kept
-    export_every: int = 0  # iterations between students that are kept; 0: the last one only
+    export_every: int = 0  # iterations between exported students, all kept; 0: the last one only
     sample_every: int = 500  # iterations between sample grids; 0: none
     sample_count: int = 8  # images in a row of the sample grid
     sample_steps: list[int] = field(default_factory=lambda: [4])  # of the grid's few-step rows
@@ -632,9 +631,9 @@ def shard(net):
         return net
     # Inputs are not cast: SD3's timestep near 1000 would be off by up to 2 in bf16.
     compute = torch.bfloat16 if DEVICE == "cuda" else None
-    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", []), net]:
-        # The root reshards too, because average_into edits the shards in place.
+        # The root too, which by default keeps what it gathered: average_into edits the shards.
         fully_shard(part, mp_policy=policy, reshard_after_forward=True)
     return net
 
@@ -647,9 +646,9 @@ def make_learner(family, lr, args):
 
     teacher = family.pipe.transformer
     if args.lora_rank:
-        # deepcopy takes what its memo lists as it is: new modules around the teacher's weights.
+        # The memo keeps deepcopy from copying parameters: new modules, the teacher's own weights.
         net = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()})
-        torch.manual_seed(args.seed)  # of peft's draws: all processes start from the same A
+        torch.manual_seed(args.seed)  # student, fake score and all processes start from one A
         rank = args.lora_rank
         targets = (  # the authors' for SD3: attention and feed-forward, of image and text
             "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj "
@@ -724,11 +723,13 @@ def save(k, tensors, args):
 def resume(tensors, args):
     """Fill the tensors from the newest checkpoint, made with the same settings. Returns its k."""
     folder = max(Path(args.output_dir).glob("checkpoint_[0-9]*"), default=None)
-    require(folder, f"--resume: there is no checkpoint in {args.output_dir}.")
+    require(
+        folder, f"--resume: no checkpoint is in {args.output_dir}: start without, in a new folder."
+    )
     saved = json.loads((folder / "run.json").read_text())
     k = saved.pop("k")
-    strange = ", ".join(sorted(saved.keys() ^ vars(args).keys()))
-    require(not strange, f"--resume: {folder} is of another version of cdm.py: {strange}.")
+    unlike = ", ".join(sorted(saved.keys() ^ vars(args).keys()))
+    require(not unlike, f"--resume: {folder} is of another version of cdm.py, see {unlike}.")
     same = "teacher prompts batch_size resolution seed lora_rank weights no_t5".split()
     for name in [*vars(CDMConfig()), *same]:
         now, was = getattr(args, name), saved[name]
@@ -736,6 +737,7 @@ def resume(tensors, args):
     dcp.load(tensors, checkpoint_id=folder)
     if RANK == 0:  # the log has a line for each student update
         log = folder.parent / "log.jsonl"
+        log.touch()  # there is none before the first student update
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(lines[: k // args.student_every]))
     return k
@@ -790,8 +792,8 @@ def run_iteration(k, prompts, family, networks, stop, args):
     chosen = torch.randint(len(prompts), (total,), generator=gen)[rows]
     cond = family.encode([prompts[j] for j in chosen])
     draw = draw_iteration(args, args.seed, k, total, family.shape, family.shift, rows, DEVICE)
-    micro = args.micro_batch_size
-    stats = cdm_iteration(k, cond, family.uncond, draw, *networks, args, micro) | {"stop": stop}
+    stats = cdm_iteration(k, cond, family.uncond, draw, *networks, args, args.micro_batch_size)
+    stats["stop"] = stop
     values = torch.stack([full(x).float().to(DEVICE) for x in stats.values()])
     if WORLD > 1:
         torch.distributed.all_reduce(values)
@@ -812,25 +814,24 @@ def main(argv=None):
     family = load_family(args)
     student = make_learner(family, args.student_lr, args)
     fake_score = make_learner(family, args.fake_lr, args)
-    teacher = partial(family.predict, shard(family.pipe.transformer))
+    teacher = partial(family.predict, shard(family.pipe.transformer))  # after it was copied
     ema = {}
     for name, p in student.params.items():  # in bf16 small steps would round away
         ema[name] = p.detach().to(args.ema_device, torch.float32, copy=True)
 
-    # These are all that training changes, and every draw is a function of (seed, k). So a resumed
-    # run goes on as if it had not stopped: on a CPU bit for bit, on another number of processes,
-    # which sum in another order, to rounding. The tensors are the run's own; resume() fills them.
+    # tensors is all that training changes, and every draw follows from seed, k and the prompts. So
+    # a resumed run goes on as if it had not stopped: on a CPU bit for bit, on another number of
+    # processes, which sum in another order, to rounding.
     tensors = {"ema": ema, "student": student.tensors(), "fake_score": fake_score.tensors()}
     done = resume(tensors, args) if args.resume else 0
     fake_score.updates = done
     student.updates = done // args.student_every
 
-    stop = torch.zeros(())
+    stop = torch.zeros(())  # a tensor: run_iteration averages it over processes
 
     def stop_soon(number, _):
         """A signal stops the run after this iteration. A second one kills it."""
-        if WORLD == 1:  # torchrun repeats a terminal's Ctrl-C
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         stop.fill_(1)
 
     signal.signal(signal.SIGINT, stop_soon)
@@ -840,7 +841,7 @@ def main(argv=None):
         torch.distributed.barrier()  # nothing is written before all have come this far
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     grid_cond = family.encode([prompts[i % len(prompts)] for i in range(args.sample_count)])
-    if args.sample_every:  # the reader's "before"; and what fails in drawing fails now
+    if args.sample_every:  # the picture before training, and an early test of drawing
         sample_grid(done, family, student, ema, grid_cond, args)
     seconds = 0
     networks = (teacher, student, fake_score, ema)

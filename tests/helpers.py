@@ -30,10 +30,10 @@ DATA = ["--teacher", TEACHER, "--prompts", PROMPT_FILE]
 # Learning rates at which six iterations change pictures that have 256 levels of a colour. They
 # warm up over more updates than a test has, so that a lost count of updates shows.
 SMALL = [
-    *"--batch-size 4 --alpha 1 --max-schedule-steps 4 --iterations 6 --save-every 2".split(),
+    *"--batch-size 4 --alpha 1 --max-schedule-steps 4 --iterations 6 --save-every 1000".split(),
     *"--sample-every 0 --student-lr 3e-3 --fake-lr 3e-3 --warmup 10".split(),
 ]
-KINDS = {"full": [], "lora": ["--lora-rank", "4"]}
+KINDS = {"full": [], "lora": "--lora-rank 4 --student-lr 1e-1".split()}
 NEVER = 100_000  # iterations, for a run that only a signal ends
 
 
@@ -93,12 +93,11 @@ def check_mistake(capfd, folder, flags, *words):
 # --- Real processes. ---
 
 
-def process(*command, cwd=ROOT, stderr=subprocess.PIPE, **env):
+def process(*command, out=subprocess.PIPE, err=subprocess.PIPE):
     """A process of this Python, which sees no GPU and sums in one thread, as this one does."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=pipe, stderr=stderr)
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err)
 
 
 def torchrun(*flags):

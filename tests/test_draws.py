@@ -282,9 +282,7 @@ def test_a_setting_changes_no_draw_but_its_own(changes, changed):
 
 
 def fixed_draw(**settings):
-    return cdm.draw_iteration(
-        cdm.CDMConfig(schedule="fixed", **settings), 0, 1, 20_000, (1,), 3.0
-    )
+    return cdm.draw_iteration(cdm.CDMConfig(schedule="fixed", **settings), 0, 1, 20_000, (1,), 3.0)
 
 
 def standardised(d):
@@ -370,7 +368,12 @@ def test_sec_3_2_anchors_are_uniform_on_the_steps(n):
 def test_draws_follow_the_settings():
     """Clamps of 0.4 and 0.6, at most 5 steps, times on [0.5, 0.75], one in each bin."""
     cfg = cdm.CDMConfig(
-        tau_min=0.4, tau_max=0.6, max_schedule_steps=5, time_low=0.5, time_high=0.75, stratified=True
+        tau_min=0.4,
+        tau_max=0.6,
+        max_schedule_steps=5,
+        time_low=0.5,
+        time_high=0.75,
+        stratified=True,
     )
     lengths = set()
     for k in range(1, 60):

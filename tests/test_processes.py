@@ -1,120 +1,176 @@
-"""Several processes: torchrun and FSDP2 on this CPU."""
+"""What needs real processes: torchrun, signals, kill -9, a closed pipe, a copy of cdm.py alone."""
 
 import os
+import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers import (
-    LIVELY,
-    LORA,
+    DATA,
+    KINDS,
     NEVER,
-    ONE_SAVE,
+    ROOT,
     SMALL,
-    SOME_SAMPLES,
     assert_same_figures,
-    cdm_main,
+    assert_same_run,
     checkpoints,
     finish,
     freeze_when,
     log,
-    logged,
-    shard,
-    snapshot,
+    process,
+    small_run,
     torchrun,
-    two_processes,
+    wait_for,
 )
 
-KINDS = ["whole", pytest.param("lora", marks=pytest.mark.slow)]
+ENDLESS = [*DATA, *SMALL, "--iterations", NEVER]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def runs(request, early, work):
-    """One process's run, one that two processes began, one that two ended. Tests do not change it.
+def logged(folder):
+    """Whether a run has written the first line of its log."""
+    file = folder / "log.jsonl"
+    return file.exists() and file.stat().st_size > 0
 
-    The first of two processes is continued by one. Its log before that comes last.
+
+# --- Jobs: each is a run in other processes, and returns exit code and stderr. ---
+
+
+def begun_by_two(folder):
+    """Four iterations of full fine-tuning in two processes."""
+    flags = ["--iterations", 4, "--sample-every", 3, "--sample-count", 1]
+    return finish(torchrun(*DATA, *SMALL, *flags, "--output-dir", folder))
+
+
+def ended_by_two(folder):
+    """The last iterations of a LoRA run, in two processes."""
+    flags = [*KINDS["lora"], "--resume", "--sample-every", 5, "--sample-count", 1]
+    return finish(torchrun(*DATA, *SMALL, *flags, "--output-dir", folder))
+
+
+def terminated(folder):
+    """SIGTERM right after the first line of the log. It runs a copy of cdm.py, which is alone."""
+    folder.with_suffix(".alone").mkdir()
+    copy = shutil.copy(ROOT / "cdm.py", folder.with_suffix(".alone"))
+    popen = process(copy, *ENDLESS, "--output-dir", folder)
+    freeze_when(popen, lambda: logged(folder))
+    popen.send_signal(signal.SIGTERM)
+    popen.send_signal(signal.SIGCONT)
+    return finish(popen)
+
+
+def piped(folder):
+    """`2>&1 | tee log`, and Ctrl-C, which ends tee, too: nobody reads the pipe any more."""
+    read, write = os.pipe()
+    popen = process("cdm.py", *ENDLESS, "--output-dir", folder, out=write, err=write)
+    os.close(write)
+    freeze_when(popen, lambda: logged(folder))
+    os.close(read)
+    popen.send_signal(signal.SIGINT)
+    popen.send_signal(signal.SIGCONT)
+    return finish(popen)
+
+
+def terminated_twice(folder):
+    """SIGTERM in a long iteration, and again each second until the process ends."""
+    popen = process("cdm.py", *ENDLESS, "--batch-size", 512, "--output-dir", folder)
+    wait_for(lambda: (folder / "samples").exists(), popen)
+    while popen.poll() is None:
+        popen.send_signal(signal.SIGTERM)
+        time.sleep(1)
+    return finish(popen)
+
+
+def killed(folder):
+    """kill -9 while a checkpoint is half written beside a whole one."""
+    popen = process("cdm.py", *ENDLESS, "--save-every", 1, "--output-dir", folder)
+    freeze_when(popen, lambda: (folder / "unfinished").exists() and checkpoints(folder))
+    popen.kill()
+    return finish(popen)
+
+
+@pytest.fixture(scope="module")
+def ended(work, full, lora):
+    """{name of a job: its folder, exit code and stderr}. Two jobs run at a time, for two cores."""
+    half = shutil.copytree(lora, work / "ended_by_two")
+    shutil.rmtree(half / "checkpoint_000006")
+    jobs = [begun_by_two, ended_by_two, terminated, piped, terminated_twice, killed]
+    folders = [work / job.__name__ for job in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda job, folder: job(folder), jobs, folders)
+        found = {}
+        for job, folder, (code, _, err) in zip(jobs, folders, results, strict=True):
+            found[job.__name__] = Path(folder), code, err
+    return found
+
+
+# --- Two processes: FSDP2 on this CPU. ---
+
+
+def test_two_processes_are_one_run_and_one_goes_on(ended, full):
+    """Two processes with 2 samples each log the figures of one with 4, which then continues.
+
+    Its grids are drawn with the EMA's weights, which must not stay on any rank.
     """
-    kind = request.param
-    one = request.getfixturevalue(kind)
-    begun, ended = early["runs"].result() if kind == "whole" else two_processes(work, one, kind)
-    first = log(begun)
-    # Samples in between: the averaged weights draw them, and must not change on any rank.
-    flags = [*LIVELY, *LORA[kind], *SOME_SAMPLES, "--output-dir", begun]
-    assert cdm_main(*flags, "--resume") == 0
-    return one, begun, ended, first
+    folder, code, err = ended["begun_by_two"]
+    assert code == 0, err[-3000:]
+    assert_same_figures(log(folder), log(full)[:2])
+    # Each process has saved its half.
+    sizes = [file.stat().st_size for file in folder.glob("checkpoint_000004/*.distcp")]
+    whole = (full / "checkpoint_000004" / "__0_0.distcp").stat().st_size
+    assert len(sizes) == 2
+    assert all(0.4 * whole < size < 0.6 * whole for size in sizes)
+    small_run(folder, "--resume")
+    assert_same_figures(log(folder), log(full))
 
 
-def test_two_processes_are_one_run(runs):
-    """Two processes with 2 samples each log the figures of one process with 4."""
-    one, _, _, first = runs
-    assert_same_figures(first, log(one)[:2])
+def test_two_processes_go_on_from_one(ended, lora):
+    """With the figures of the uninterrupted run. Here with a LoRA."""
+    folder, code, err = ended["ended_by_two"]
+    assert code == 0, err[-3000:]
+    assert log(folder)[:2] == log(lora)[:2]
+    assert_same_figures(log(folder), log(lora))
+    assert (folder / "student" / "README.md").exists()
 
 
-def test_one_process_goes_on_from_two(runs):
-    """What two saved, one continues with the figures of the uninterrupted run."""
-    one, begun, _, _ = runs
-    assert_same_figures(log(begun), log(one))
+# --- Runs that end early. ---
 
 
-def test_two_processes_go_on_from_one(runs):
-    """What one saved, two continue."""
-    one, _, ended, _ = runs
-    assert log(ended)[:2] == log(one)[:2]
-    assert_same_figures(log(ended), log(one))
+def test_sigterm_saves_and_exports_and_the_run_goes_on(ended, full):
+    """A copy of cdm.py that is alone in its folder ends with exit code 0, checkpoint and student.
+
+    --resume then gives the bits of the uninterrupted run.
+    """
+    folder, code, err = ended["terminated"]
+    assert code == 0 and "Traceback" not in err, err
+    (checkpoint,) = checkpoints(folder)
+    assert checkpoint < "checkpoint_000006"
+    assert (folder / "student" / "config.json").exists()
+    small_run(folder, "--resume")
+    assert_same_run(folder, full)
 
 
-def files_of(folder):
-    """The names of a run's files, without its samples."""
-    return {name for name in snapshot(folder) if "samples" not in name}
+def test_ctrl_c_with_a_closed_pipe_saves_and_exports(ended):
+    folder, _, _ = ended["piped"]
+    (checkpoint,) = checkpoints(folder)
+    assert checkpoint < "checkpoint_000006"
+    assert (folder / "student" / "config.json").exists()
 
 
-def test_rank_1_saves_its_shards_and_nothing_else(runs):
-    """Each rank saves its own shards; all else, rank 0."""
-    one, begun, ended, _ = runs
-    roles = ("student", "fake_score")
-    adamw = [f"{role}_{key}" for role in roles for key in ("exp_avg", "exp_avg_sq", "step")]
-
-    def second(checkpoint):
-        return {shard(f"{checkpoint}/{name}", 2) for name in ("ema", *roles, *adamw)}
-
-    assert files_of(begun) == files_of(one) | second("checkpoint_000004")
-    assert files_of(ended) == files_of(one) | second("checkpoint_000006")
+def test_a_second_signal_ends_the_run(ended):
+    """At once, by the signal's own way, with nothing saved."""
+    folder, code, _ = ended["terminated_twice"]
+    assert code == -signal.SIGTERM
+    assert checkpoints(folder) == []
 
 
-def test_each_rank_saves_half(runs):
-    """The two shards of a checkpoint are of nearly the same size."""
-    one, begun, _, _ = runs
-    whole = os.path.getsize(shard(one / "checkpoint_000004" / "student", 1))
-    for rank in (1, 2):
-        size = os.path.getsize(shard(begun / "checkpoint_000004" / "student", rank))
-        assert 0.4 * whole < size < 0.6 * whole
-
-
-@pytest.mark.slow
-def test_a_batch_that_two_processes_cannot_share(tmp_path):
-    """`--batch-size 3` on two processes: one sentence, no waiting for the other rank."""
-    flags = [*SMALL, "--batch-size", "3", "--output-dir", tmp_path / "out"]
-    code, _, err = finish(torchrun(*flags), 60)
-    sentences = [line for line in err.splitlines() if line.startswith("cdm.py: ")]
-    assert code != 0
-    assert len(sentences) == 1, err
-    assert "--batch-size 3 must be a multiple of 2:" in sentences[0]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run(tmp_path):
-    """kill -9 of one of two processes: the launcher ends with an error, and does not hang."""
-    out = tmp_path / "out"
-    endless = ["--iterations", NEVER, *ONE_SAVE]
-    launcher = torchrun(*LIVELY, *endless, "--output-dir", out)
-    freeze_when(launcher, lambda: logged(out))
-    launcher.send_signal(signal.SIGCONT)
-    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]), signal.SIGKILL)
-    code, _, err = finish(launcher, 60)
-    assert code not in (0, -signal.SIGKILL)
-    assert "SIGKILL" in err
-    assert checkpoints(out) == []
-    assert not (out / "student").exists()
+def test_kill_9_in_the_middle_of_a_save(ended, full):
+    """--resume ends with the bits of the uninterrupted run, and nothing half written."""
+    folder, code, _ = ended["killed"]
+    assert code == -signal.SIGKILL
+    assert (folder / "unfinished").exists()
+    small_run(folder, "--resume")
+    assert_same_run(folder, full)
+    assert not (folder / "unfinished").exists()

@@ -1,322 +1,302 @@
-"""The run: output folder, checkpoints, resume, signals, divergence, log, samples."""
+"""The run: what an iteration gets, resume, checkpoints, log, grids, students along the way."""
 
+import ast
+import json
+import os
 import re
+import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
-    LIVELY,
-    ONE_SAVE,
+    DATA,
+    KINDS,
+    PROMPTS,
     ROOT,
-    SIGNALS,
-    TEACHER,
-    cdm_main,
+    SMALL,
+    assert_same_figures,
+    assert_same_run,
     check_mistake,
-    check_sentence,
     checkpoints,
-    files_limited_to,
-    finished,
+    grid,
+    load_family,
     log,
-    results,
-    saying,
-    scale_weights,
-    shard,
+    readme_picture,
+    run,
+    sample_noise,
+    small_run,
     snapshot,
-    state,
+    tensors,
+    watch,
 )
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import cdm
 
-# --- The output folder. ---
+
+def test_readmes_first_command_runs(tmp_path, monkeypatch):
+    """As it stands in README.md, but for its length and its folder."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    command = re.search(r"python cdm.py (--teacher tests/emoji_sd3 .*)", text)[1]
+    assert " --output-dir runs/emoji " in command
+    shorter = ["--iterations", 2, "--batch-size", 4, "--sample-count", 1, "--sample-every", 2]
+    run(*shlex.split(command), *shorter, "--output-dir", tmp_path / "run")
+    assert [line["iteration"] for line in log(tmp_path / "run")] == [2]
+    assert (tmp_path / "run" / "samples" / "step_000002.png").exists()
 
 
-def test_a_run_is_not_started_over_another(whole, capfd):
-    """--output-dir with a run: the sentence offers --resume."""
-    flags = [*LIVELY, "--output-dir", whole]
-    assert "--resume" in check_mistake(capfd, whole, flags, str(whole))
+def test_an_iteration_gets_its_prompts_and_draws(tmp_path, monkeypatch):
+    """The Draw of (seed, k) at the teacher's shift, prompts drawn anew, one empty prompt."""
+    calls = []
+    watch(monkeypatch, calls.append)
+    flags = ["--iterations", 6, "--micro-batch-size", 3, "--seed", 5, "--time-low", 0.3]
+    small_run(tmp_path / "run", *flags)
+    family = load_family()
+    texts = list(family.encode(PROMPTS)[0])
+    chosen = []
+    for k, call in enumerate(calls, 1):
+        assert (call.k, call.micro_batch, call.cfg.time_low) == (k, 3, 0.3)
+        want = cdm.draw_iteration(call.cfg, 5, k, 4, family.shape, 3.0)
+        for name, x in vars(want).items():
+            found = getattr(call.draw, name)
+            if isinstance(x, dict):
+                assert all(torch.equal(found[key], x[key]) for key in x)
+            else:
+                assert torch.equal(found, x)
+        assert all(map(torch.equal, call.uncond, family.uncond))
+        chosen.append([])
+        for row in call.cond[0]:
+            distances = torch.stack([(row - text).abs().max() for text in texts])
+            assert distances.min() < 1e-5
+            chosen[-1].append(int(distances.argmin()))
+    assert len(calls) == 6
+    assert len(set(map(tuple, chosen))) == 6
+    assert set(sum(chosen, [])) == set(range(len(PROMPTS)))
 
 
-@pytest.mark.parametrize("place", [".", "thesis.txt", "thesis.txt/out"])
-def test_output_dir_in_use(place, tmp_path, capfd):
-    """Nor over a folder with somebody's files, nor over a file."""
-    (tmp_path / "thesis.txt").write_text("years of work")
-    place = tmp_path / place
-    check_mistake(capfd, tmp_path, [*LIVELY, "--output-dir", place], str(place))
+# --- Resume. ---
 
 
-@pytest.mark.parametrize("files", [[], ["thesis.txt"]])
-def test_resume_without_a_run(files, tmp_path, capfd):
-    """`--resume` in a folder that is empty, or holds other things, does not start a run there."""
-    for name in files:
-        (tmp_path / name).write_text("years of work")
-    flags = [*LIVELY, "--resume", "--output-dir", tmp_path]
-    check_mistake(capfd, tmp_path, flags, "--resume", str(tmp_path))
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_bit_for_bit(kind, request, tmp_path):
+    """3 iterations and then 3 more are 6: the same checkpoint and student/, the same log.
+
+    The straight run drew grids between, for which its student has the EMA's weights.
+    """
+    parts = small_run(tmp_path / "parts", "--iterations", 3, *KINDS[kind])
+    small_run(parts, "--resume", *KINDS[kind])
+    assert_same_run(parts, request.getfixturevalue(kind))
 
 
-OTHER_RUNS = [
-    *("--seed 1", "--batch-size 16", "--resolution 16", "--lora-rank 4", "--prompts other.txt"),
-    *("--teacher other", "--micro-batch-size 2", "--student-every 3", "--anchor-aware-fake"),
-    *("--no-t5", "--weights bfloat16", "--alpha 2", "--warmup 5", "--max-schedule-steps 5"),
-]
+def test_resume_drops_later_lines_of_the_log(full, tmp_path):
+    """A run that was killed after its last checkpoint has logged more than it saved."""
+    folder = shutil.copytree(full, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint_000006")
+    assert log(folder)[-1]["iteration"] == 6
+    small_run(folder, "--resume")
+    assert_same_run(folder, full)
 
 
-@pytest.mark.parametrize("flags", OTHER_RUNS)
-def test_resume_of_another_run(flags, whole, tmp_path, monkeypatch, capfd):
+def test_memory_flags_change_nothing(full, tmp_path):
+    """The same bits with text encoders offloaded, activations kept and the EMA on the CPU."""
+    memory = ["--offload-text-encoders", "--no-gradient-checkpointing", "--ema-device", "cpu"]
+    assert_same_run(small_run(tmp_path / "run", *memory), full)
+
+
+def test_micro_batches_change_the_order_of_sums_alone(full, tmp_path):
+    """Of 3 and 1 samples instead of 4."""
+    folder = small_run(tmp_path / "run", "--micro-batch-size", 3)
+    assert_same_figures(log(folder), log(full))
+
+
+def resume(folder, *flags):
+    """What `--resume` does first: compare the settings. It ends here if they differ."""
+    flags = [*DATA, *SMALL, "--output-dir", folder, "--resume", *flags]
+    return cdm.resume({}, cdm.parse_args(list(map(str, flags))))
+
+
+# All of the method's settings are compared in the same way. These are the others.
+OTHERS = "--seed 1, --batch-size 8, --resolution 16, --lora-rank 4, --weights bfloat16, --no-t5"
+OTHERS += ", --teacher other, --prompts other.txt, --alpha 2, --schedule fixed, --warmup 5"
+
+
+@pytest.mark.parametrize("flags", OTHERS.split(", "))
+def test_resume_of_another_run_is_refused(flags, full, capfd):
     """A run of seed 0 resumed with `--seed 1` would be neither the one nor the other."""
-    monkeypatch.chdir(tmp_path)
-    Path("other.txt").write_text("an animal\n")
-    scale_weights(Path(shutil.copytree(TEACHER, "other")), 1.05)
-    name = flags.split()[0]
-    flags = [*LIVELY, "--output-dir", whole, "--resume", *flags.split()]
-    check_mistake(capfd, whole, flags, "--resume", name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "other.txt"]
+    with pytest.raises(SystemExit) as end:
+        resume(full, *flags.split())
+    assert end.value.code == 2
+    assert f"cdm.py: --resume: {flags.split()[0]} is " in capfd.readouterr().err
 
 
-def test_resume_of_a_lora_run_as_a_full_one(lora, capfd):
-    """Adapters and full weights are different runs."""
-    check_mistake(capfd, lora, [*LIVELY, "--output-dir", lora, "--resume"], "--lora-rank")
-
-
-def test_resume_with_fewer_iterations(whole, capfd):
-    """A run at iteration 6 cannot end at 5."""
-    flags = [*LIVELY, "--output-dir", whole, "--resume", "--iterations", 5]
-    check_mistake(capfd, whole, flags, "--iterations")
+@pytest.mark.parametrize("change", ["unknown", "missing"])
+def test_a_checkpoint_of_another_version_is_named_so(change, full, tmp_path, capfd):
+    """It has a setting that is unknown here, or lacks one. It is not compared as if equal."""
+    folder = shutil.copytree(full, tmp_path / "run")
+    file = folder / "checkpoint_000006" / "run.json"
+    settings = json.loads(file.read_text())
+    if change == "unknown":
+        settings["anchor_lr"] = 0.1
+    else:
+        del settings["clip"]
+    file.write_text(json.dumps(settings))
+    name = {"unknown": "anchor_lr", "missing": "clip"}[change]
+    flags = [*DATA, *SMALL, "--output-dir", folder, "--resume"]
+    check_mistake(capfd, folder, flags, "checkpoint_000006", "another version", name)
 
 
 # --- Checkpoints. ---
 
 
-RESUMED = ["", "--lora-rank 4", "--anchor-aware-fake"]
-RESUMED.append("--no-gradient-checkpointing --micro-batch-size 2")
-MADE = {"": "whole", "--lora-rank 4": "lora"}  # the fixtures with these flags
+def test_checkpoints_are_the_newest_two(trained):
+    """Of those at 2, 4 and 6."""
+    assert checkpoints(trained[0]) == ["checkpoint_000004", "checkpoint_000006"]
 
 
-@pytest.mark.parametrize("flags", RESUMED)
-def test_resume_bit_for_bit(flags, request, tmp_path):
-    """3 iterations and then 3 more are 6: the same checkpoint and student/, the same log."""
-    if flags in MADE:
-        straight = request.getfixturevalue(MADE[flags])
-    else:
-        straight = finished(tmp_path / "straight", *ONE_SAVE, *flags.split())
-    parts = finished(tmp_path / "parts", "--iterations", 3, *ONE_SAVE, *flags.split())
-    assert results(parts) != results(straight)
-    finished(parts, "--resume", *ONE_SAVE, *flags.split())
-    assert results(parts) == results(straight)
+def test_a_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch, capfd):
+    """As on a network file system. The run says so and goes on."""
+
+    def refuse(*_, **__):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    folder = small_run(tmp_path / "run", "--iterations", 3, "--save-every", 1)
+    assert checkpoints(folder)[-2:] == ["checkpoint_000002", "checkpoint_000003"]
+    assert "checkpoint_000001" in capfd.readouterr().err
+    assert (folder / "student" / "config.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
-def test_checkpoints_are_the_newest_two(kind, request):
-    """Of the checkpoints at 2, 4 and 6 the latter two are left."""
-    folder = request.getfixturevalue(kind)
-    assert checkpoints(folder) == ["checkpoint_000004", "checkpoint_000006"]
+def test_values_that_are_not_finite_end_the_run(tmp_path, capfd):
+    """A learning rate of 1e17: the loss and the iteration are said, and nothing of it is saved."""
+    folder = tmp_path / "run"
+    flags = [*DATA, *SMALL, "--save-every", 1, "--fake-lr", 1e17, "--output-dir", folder]
+    with pytest.raises(SystemExit) as end:
+        run(*flags)
+    assert end.value.code == 2
+    sentence = capfd.readouterr().err.rpartition("cdm.py: ")[2]
+    (last,) = checkpoints(folder)
+    assert last == "checkpoint_000001"
+    assert "iteration 2" in sentence and "loss_fake" in sentence
+    assert all(x.isfinite().all() for x in tensors(folder / last).values())
+    assert not (folder / "student").exists()
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
-def test_tensors_are_in_safetensors(kind, request):
-    """A run leaves no file of another kind than these."""
-    paths = request.getfixturevalue(kind).rglob("*")
-    suffixes = {path.suffix for path in paths if path.is_file()}
-    assert suffixes <= {"", ".safetensors", ".json", ".jsonl", ".md", ".png"}, suffixes
+# --- The log, grids and students. ---
 
 
-def test_no_pickle_is_loaded():
-    """cdm.py opens no file that can run code."""
-    source = (ROOT / "cdm.py").read_text()
-    assert "pickle" not in source
-    assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", source))
-
-
-@pytest.fixture
-def killed(early):
-    """The folder of a run that got kill -9 twice, the second time in the middle of a save."""
-    return early["killed"].result()
-
-
-def test_kill_9_before_the_first_checkpoint_and_in_the_middle_of_a_save(killed, whole):
-    """It ends with the bytes of the uninterrupted run, and nothing half written."""
-    assert cdm_main(*LIVELY, "--output-dir", killed, "--resume") == 0
-    assert results(killed) == results(whole)
-    assert not list(killed.rglob("*.tmp"))
-
-
-def test_half_a_checkpoint_is_removed(whole, tmp_path):
-    """A save that was killed left it, at an iteration that does not come again."""
-    folder = shutil.copytree(whole, tmp_path / "run")
-    half = shutil.copytree(folder / "checkpoint_000004", folder / "checkpoint_000003.tmp")
-    assert cdm_main(*LIVELY, "--output-dir", folder, "--resume") == 0
-    assert not half.exists()
-    assert checkpoints(folder) == checkpoints(whole)
-
-
-def test_a_disk_that_is_full_in_the_middle_of_a_save(whole, tmp_path, capfd):
-    """No file may grow beyond 1 MB: one sentence. With room again, the run goes on."""
-    folder = shutil.copytree(whole, tmp_path / "run")
-    flags = ["--iterations", 8, "--resume", "--output-dir", folder]
-    with files_limited_to(10**6):
-        sentence = saying(capfd, 2, *flags)
-    check_sentence("", sentence + "\n", "File too large", "space left on the disk")
-    saved = ["checkpoint_000004", "checkpoint_000006"]
-    assert [name for name in checkpoints(folder) if not name.endswith(".tmp")] == saved
-    assert cdm_main(*LIVELY, *flags) == 0
-    assert checkpoints(folder) == ["checkpoint_000006", "checkpoint_000008"]
-
-
-# --- Signals. ---
-
-
-@pytest.fixture(scope="module")
-def interrupted(early):
-    """{signal: folder, exit code and stderr of a run that got it after its first log line}."""
-    return early["interrupted"].result()
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_and_exports(number, interrupted):
-    """kill PID and Ctrl-C: exit code 0, a checkpoint of the last finished iteration, a student."""
-    folder, code, err = interrupted[number]
-    assert code == 0, err
-    assert "Traceback" not in err
-    (checkpoint,) = folder.glob("checkpoint_*")
-    k = state(checkpoint)["iteration"]
-    assert 2 <= k < 6
-    assert checkpoint.name == f"checkpoint_{k:06d}"
-    assert log(folder)[-1]["iteration"] == k - k % 2
-    assert (folder / "student" / "diffusion_pytorch_model.safetensors").exists()
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_run_goes_on_after_a_signal(number, interrupted, whole):
-    """--resume then gives the bytes of the uninterrupted run."""
-    folder = interrupted[number][0]
-    assert cdm_main(*LIVELY, "--output-dir", folder, "--resume") == 0
-    assert results(folder) == results(whole)
-
-
-# --- Divergence. ---
-
-DIVERGE = [
-    ("--fake-lr 1e17", "loss_fake"),
-    ("--student-lr 1e17 --dm-weight 0 --ca-weight 0", "loss_"),
-]
-
-
-@pytest.mark.parametrize("flags, loss", DIVERGE)
-def test_divergence(flags, loss, tmp_path, capfd):
-    """With a learning rate of 1e17 the sentence says which loss and iteration. No NaN is saved."""
-    out = tmp_path / "out"
-    flags = f"--save-every 1 --iterations 50 {flags} --output-dir".split()
-    sentence = saying(capfd, 2, *flags, out)
-    found = re.match(rf"cdm\.py: .*{loss}.* iteration (\d+)", sentence)
-    assert found, sentence
-    assert checkpoints(out)[-1] == f"checkpoint_{int(found[1]) - 1:06d}"
-    for file in out.rglob("*.safetensors"):
-        assert all(x.isfinite().all() for x in load_file(file).values()), file
-    assert not (out / "student").exists()
-
-
-def test_loss_that_is_not_finite_leaves_the_last_checkpoint(whole, tmp_path, capfd):
-    """A student whose weights became NaN: the run stops in iteration 7, and all files stay.
-
-    Without the damaged checkpoint it goes on from the one before.
-    """
-    folder = shutil.copytree(whole, tmp_path / "run")
-    file = shard(folder / "checkpoint_000006" / "student", 1)
-    weights = load_file(file)
-    weights["proj_out.weight"][0, 0] = torch.nan
-    save_file(weights, file)
-    before = snapshot(folder)
-    flags = ["--output-dir", folder, "--resume"]
-    sentence = saying(capfd, 2, *flags, "--iterations", 10, "--save-every", 1)
-    assert re.search(r"^cdm\.py: loss_fake.* iteration 7\b", sentence)
-    assert snapshot(folder) == before
-
-    shutil.rmtree(folder / "checkpoint_000006")
-    assert cdm_main(*LIVELY, *flags) == 0
-    assert results(folder) == results(whole)
-
-
-# --- Log and samples. ---
-
-
-def test_log(whole):
+def test_log(full):
     """Six iterations with R = 2: lines for 2, 4 and 6, each with every figure."""
-    lines = log(whole)
+    lines = log(full)
     assert [line["iteration"] for line in lines] == [2, 4, 6]
     names = "loss_ca loss_dm loss_cdm loss_fake grad_norm_student grad_norm_fake N"
     names = {"iteration", "w_ca", "w_dm", "w_cdm", *names.split()}
     for line in lines:
         assert set(line) == names
-        assert 1 <= line["N"] <= 4
+        assert line["N"] in (1, 2, 3, 4)
         # The floor of 0.1 bounds w by 10.
         assert all(0 < line[name] <= 10 for name in ("w_ca", "w_dm", "w_cdm"))
 
 
-def test_samples(whole):
-    """--sample-every 3 --sample-count 2: grids after 3 and 6, whose teacher rows are the same.
+def test_grids(full):
+    """After 0, 3 and 6 iterations. The teacher's rows stay, the student's start as the teacher's.
 
-    They are two pictures wide and three high: teacher at 28 steps, teacher at 4, student at 4.
+    Rows: teacher at 28 steps; teacher, student at 4 steps; teacher, student at 1. Two columns.
     """
-    files = sorted((whole / "samples").iterdir())
-    assert [file.name for file in files] == ["step_000003.png", "step_000006.png"]
-    three, six = (Image.open(file) for file in files)
-    assert three.size == six.size == (2 * 96 + 4, 3 * (96 + 20))
-    teacher, student = (0, 0, 196, 232), (0, 252, 196, 348)
-    assert three.crop(teacher).tobytes() == six.crop(teacher).tobytes()
-    assert three.crop(student).tobytes() != six.crop(student).tobytes()
+    names = [path.name for path in sorted((full / "samples").iterdir())]
+    assert names == ["step_000000.png", "step_000003.png", "step_000006.png"]
+    pictures = {}
+    for k in (0, 3, 6):
+        rows = grid(full, k, rows=5, count=2, side=32)
+        pictures[k] = [[image.tobytes() for image in row] for row in rows]
+    for k in (3, 6):
+        for row in (0, 1, 3):
+            assert pictures[k][row] == pictures[0][row]
+        for row in (2, 4):
+            assert pictures[k][row] != pictures[k - 3][row]
+    assert pictures[0][2] == pictures[0][1]
+    assert pictures[0][4] == pictures[0][3]
 
 
-# --- The rows of the paper's ablation tables that are flags. ---
+def test_students_along_the_way(tmp_path):
+    """--export-every 2 keeps them all, each like student/ after as many iterations."""
+    flags = ["--iterations", 4, "--export-every", 2]
+    folder = small_run(tmp_path / "run", *flags)
+    two, four = sorted((folder / "students").iterdir())
+    assert (two.name, four.name) == ("step_000002", "step_000004")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert snapshot(four)[weights] == snapshot(folder / "student")[weights]
+    assert snapshot(two)[weights] != snapshot(four)[weights]
 
-ABLATIONS = [
-    *("--ca-weight 0", "--dm-weight 0", "--cdm-weight 0", "--ca-weight 0 --dm-weight 0"),
-    *("--schedule fixed", "--schedule fixed --cdm-weight 0", "--cdm-point anchor"),
-    *("--cdm-point renoise", "--stratified", "--no-t5", "--student-every 1"),
-    *("--micro-batch-size 2", "--fake-pull 1", "--anchor-aware-fake --cdm-weight 0"),
-]
+
+def test_another_size_and_a_prompt_with_quotes(tmp_path):
+    """student/README.md draws at the size that was trained, and its code holds any prompt."""
+    prompt = 'a "quoted" cat, it\'s \\ and {braces}'
+    (tmp_path / "prompts.txt").write_text(prompt + "\n", encoding="utf-8")
+    flags = ["--prompts", tmp_path / "prompts.txt", "--resolution", 16, "--iterations", 1]
+    folder = small_run(tmp_path / "run", *flags)
+    noise = sample_noise(load_family("--resolution", 16))
+    assert readme_picture(folder, noise).size == (16, 16)
+    assert json.loads((folder / "checkpoint_000001" / "run.json").read_text())["resolution"] == 16
+    code = (folder / "student" / "README.md").read_text(encoding="utf-8")
+    call = next(line.strip() for line in code.splitlines() if "sigmas=times" in line)
+    assert prompt in [node.value for node in ast.walk(ast.parse(call)) if hasattr(node, "value")]
+
+
+ABLATIONS = {
+    "--schedule fixed --cdm-weight 0": {"N": 4, "loss_cdm": None},
+    "--cdm-point renoise --ca-weight 0 --stratified --student-every 1 --no-t5": {},
+}
 
 
 @pytest.mark.parametrize("flags", ABLATIONS)
-def test_ablations(flags, tmp_path, monkeypatch):
-    """Each runs, and exports. A loss of weight 0 is not in the log. No checkpoint, to save time."""
-    monkeypatch.setattr(cdm.Run, "save", lambda run: None)
-    finished(tmp_path / "out", "--iterations", 2, *flags.split())
-    line = log(tmp_path / "out")[-1]
-    losses = {name for name in ("ca", "dm", "cdm") if f"--{name}-weight 0" not in flags}
-    assert {name for name in ("ca", "dm", "cdm") if f"loss_{name}" in line} == losses
-    assert {name for name in ("ca", "dm", "cdm") if f"w_{name}" in line} == losses
-    if "fixed" in flags:
-        assert line["N"] == 4
-    assert (tmp_path / "out" / "student" / "config.json").exists()
+def test_ablations_run(flags, tmp_path):
+    folder = small_run(tmp_path / "run", "--iterations", 2, *flags.split())
+    line = log(folder)[-1]
+    for name, value in ABLATIONS[flags].items():
+        assert line.get(name) == value
+    assert len(log(folder)) == 1 + ("--student-every" in flags)
 
 
-def test_students_along_the_way(tmp_path, capfd):
-    """--export-every keeps them all, loadable like student/. Their size is said at the start."""
-    folder = finished(tmp_path / "run", *ONE_SAVE, "--export-every", 3)
-    assert "2 students of 0.007 GB" in capfd.readouterr().out
-    names = sorted(path.name for path in (folder / "students").iterdir())
-    assert names == ["step_000003", "step_000006"]
-    last = load_file(folder / "students" / "step_000006" / "diffusion_pytorch_model.safetensors")
-    final = load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(last[name], final[name]) for name in final)
+# --- Prompts and defaults. ---
 
 
-def test_what_a_killed_export_left_is_no_obstacle(tmp_path):
-    """A kill between its renames leaves the old student aside. The next export replaces it."""
-    folder = finished(tmp_path / "run", *ONE_SAVE, "--iterations", 2)
-    for end in ("old", "tmp"):
-        shutil.copytree(folder / "student", folder / f"student.{end}")
-    finished(folder, *ONE_SAVE, "--iterations", 4, "--resume")
-    assert {path.name for path in folder.glob("student*")} == {"student"}
-    assert "after 2 updates" in (folder / "student" / "README.md").read_text(encoding="utf-8")
+def test_prompts_from_a_file(tmp_path, monkeypatch):
+    """A byte order mark, blank lines, blanks, CRLF and duplicates are tolerated."""
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffein Fuchs\r\n\r\n  日本の狐 \n\nein Fuchs\nun café".encode())
+    asked = []
+    encode = cdm.Family.encode
+    monkeypatch.setattr(
+        cdm.Family,
+        "encode",
+        lambda family, prompts: asked.append(prompts) or encode(family, prompts),
+    )
+    flags = ["--prompts", file, "--iterations", 1, "--sample-count", 4]
+    small_run(tmp_path / "run", *flags)
+    assert ["ein Fuchs", "日本の狐", "un café", "ein Fuchs"] in asked
 
 
-def test_sample_grids_have_a_pair_of_rows_for_each_number_of_steps(tmp_path):
-    """The guided teacher's row, then teacher and student for each of --sample-steps."""
-    flags = [*ONE_SAVE, "--iterations", 2, "--sample-every", 2, "--sample-count", 2]
-    folder = finished(tmp_path / "run", *flags, "--sample-steps", 2, 1)
-    (grid,) = (folder / "samples").iterdir()
-    assert Image.open(grid).size == (2 * 100 - 4, 5 * 116)
+RUN_DEFAULTS = {
+    "teacher": "stabilityai/stable-diffusion-3-medium",
+    "iterations": 4000,
+    "batch_size": 16,
+    "resolution": 0,
+    "lora_rank": 0,
+    "weights": "float32",
+    "no_t5": False,
+    "sample_steps": [4],
+    "gradient_checkpointing": True,
+}
+
+
+def test_the_defaults_of_a_run_are_the_authors(monkeypatch, tmp_path):
+    """Here, on a CPU, of one process with 16 samples. The prompts are 2,016 of our own."""
+    monkeypatch.chdir(tmp_path)
+    args = cdm.parse_args([])
+    for name, value in RUN_DEFAULTS.items():
+        assert getattr(args, name) == value
+    for name, value in vars(cdm.CDMConfig()).items():
+        assert getattr(args, name) == value
+    prompts = open(args.prompts, encoding="utf-8").read().splitlines()
+    assert len(set(prompts)) == len(prompts) == 2016
