@@ -1,4 +1,4 @@
-"""What all tests share: where to find the modules, one thread, no GPU, runs that several look at."""
+"""What all tests share: paths, one thread, no GPU, no network, and two runs."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Before anything imports torch, diffusers or transformers.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Lists places where Python is packed and not written: `python3 idiom.py cdm.py toy_2d.py tests/*.py`.
+"""Lists places where Python is packed and not written. `.ci/run` calls it on every file.
 
-Exit code 1 if there are any. Each is a place to look at; the list should be empty. It reads the syntax tree only:
-  statement   an expression used for its side effect: `x() if c else None`, `a and b()`, `f(), g()`, a comprehension
-  choice      a call or an argument list chosen inside the call: `(f if c else g)()`
-  loop        a `for` over `x if c else ()` or over a one-element list: an `if`, or an assignment, in disguise
-  binding     `for y in [f(x)]` inside a comprehension: an assignment in disguise
-  packed      one assignment of three or more unrelated values: `a, b, c = f(), g(), 1`
-  arithmetic  a comparison or a truth value used as a number: `4 * (x == y)`, `"s" * bool(n)`
-  import      several modules on one line
-  line        more than 100 characters
+Exit code 1 if there are any. Each is a place to look at; the list should be empty. It reads the
+syntax tree only:
+
+    statement   an expression used for its side effect: `x() if c else None`, `f(), g()`
+    choice      a call or an argument list chosen inside the call: `(f if c else g)()`
+    loop        a `for` over `x if c else ()` or a one-element list: an `if` or an assignment
+    binding     `for y in [f(x)]` inside a comprehension: an assignment in disguise
+    packed      one assignment of three or more unrelated values: `a, b, c = f(), g(), 1`
+    arithmetic  a comparison or a truth value used as a number: `4 * (x == y)`
+    import      several modules on one line
+    line        more than 100 characters
 """
 
 import ast

@@ -51,6 +51,21 @@ def assert_uniform(cells, n):
     assert statistic < CHI2[n - 1], statistic
 
 
+def by_name(d):
+    """All the tensors of a Draw but the schedule, each with rows of samples."""
+    times = {f"tau {name}": tau for name, tau in d.tau.items()}
+    noises = {f"noise {name}": noise for name, noise in d.noise.items()}
+    return {"index": d.index, "t_off": d.t_off, **times, **noises}
+
+
+def differences(a, b):
+    """The names of the tensors, the schedule included, in which two Draws differ."""
+    x = {"schedule": a.schedule, **by_name(a)}
+    y = {"schedule": b.schedule, **by_name(b)}
+    same = {name for name in x.keys() & y.keys() if torch.equal(x[name], y[name])}
+    return (x.keys() | y.keys()) - same
+
+
 # --- A network. ---
 
 
@@ -154,32 +169,22 @@ def rollout(model, noise, times, cond):
     return torch.stack(xs), torch.stack(vs), x
 
 
-class AdamW:
-    """Clipping, linear warm-up and AdamW with betas 0.9 and 0.999, from their definitions."""
+def adamw_by_hand(params, gradients, lr, decay, clip, warmup):
+    """Clipping, linear warm-up and AdamW with betas 0.9 and 0.999, from their definitions.
 
-    def __init__(self, params, lr, decay, clip, warmup):
-        self.p = params
-        self.lr = lr
-        self.decay = decay
-        self.clip = clip
-        self.warmup = warmup
-        self.n = 0
-        self.m = {name: torch.zeros_like(p) for name, p in params.items()}
-        self.v = {name: torch.zeros_like(p) for name, p in params.items()}
-
-    def step(self, gradients):
-        self.n += 1
-        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
-        lr = self.lr * min(1.0, self.n / self.warmup)
-        for name, g in gradients.items():
-            g = g * min(1.0, self.clip / (norm + 1e-6))  # the 1e-6 is torch's
-            self.m[name] = 0.9 * self.m[name] + 0.1 * g
-            self.v[name] = 0.999 * self.v[name] + 0.001 * g * g
-            m = self.m[name] / (1 - 0.9**self.n)
-            v = self.v[name] / (1 - 0.999**self.n)
-            p = self.p[name]
-            self.p[name] = p - lr * self.decay * p - lr * m / (v.sqrt() + 1e-8)
-        return self.p
+    params: tensors by name; gradients: a list of such dicts, one a step. Returns the parameters.
+    """
+    m, v = dict.fromkeys(params, 0), dict.fromkeys(params, 0)
+    for n, step in enumerate(gradients, 1):
+        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in step.values()))
+        rate = lr * min(1.0, n / warmup)
+        for name, g in step.items():
+            g = g * min(1.0, clip / (norm + 1e-6))  # the 1e-6 is torch's
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.999 * v[name] + 0.001 * g * g
+            change = m[name] / (1 - 0.9**n) / ((v[name] / (1 - 0.999**n)).sqrt() + 1e-8)
+            params = params | {name: (1 - rate * decay) * params[name] - rate * change}
+    return params
 
 
 # --- The iteration on three such networks. ---

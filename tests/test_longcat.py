@@ -5,20 +5,9 @@ import shutil
 
 import pytest
 import torch
-from helpers import (
-    KINDS,
-    PROMPTS,
-    QUARTERS,
-    assert_same_run,
-    check_mistake,
-    grid,
-    levels,
-    load_family,
-    pipeline_picture,
-    readme_picture,
-    sample_noise,
-    small_run,
-)
+from helpers import KINDS, PROMPTS, check_mistake, load_family, small_run
+from pictures import QUARTERS, grid, levels, pipeline_picture, readme_picture, sample_noise
+from results import assert_same_run
 
 import cdm
 

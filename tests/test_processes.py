@@ -3,30 +3,66 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import (
-    DATA,
-    KINDS,
-    NEVER,
-    ROOT,
-    SMALL,
-    assert_same_figures,
-    assert_same_run,
-    checkpoints,
-    finish,
-    freeze_when,
-    log,
-    process,
-    small_run,
-    torchrun,
-    wait_for,
-)
+from helpers import DATA, KINDS, NEVER, ROOT, SMALL, small_run
+from results import assert_same_figures, assert_same_run, checkpoints, log
 
 ENDLESS = [*DATA, *SMALL, "--iterations", NEVER]
+
+
+def process(*command, out=subprocess.PIPE, err=subprocess.PIPE):
+    """A process of this Python, which sees no GPU and sums in one thread, as this one does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err)
+
+
+def torchrun(*flags):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return process(*launcher, "cdm.py", *flags)
+
+
+def finish(popen, seconds=240):
+    """Exit code, stdout and stderr of a process, which is not waited for forever."""
+    try:
+        out, err = popen.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        popen.kill()
+        raise
+    return popen.returncode, out, err
+
+
+def wait_for(condition, popen, seconds=120):
+    """Wait until a condition holds, while the process runs."""
+    end = time.time() + seconds
+    while time.time() < end and popen.poll() is None:
+        if condition():
+            return
+        time.sleep(0.0005)
+    popen.kill()
+    pytest.fail(f"the moment did not come: {finish(popen)}")
+
+
+def freeze_when(popen, condition):
+    """Stop a process (SIGSTOP) at a moment when the condition holds. It may be writing a file."""
+
+    def frozen():
+        if not condition():
+            return False
+        popen.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, popen.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if condition():
+            return True
+        popen.send_signal(signal.SIGCONT)
+        return False
+
+    wait_for(frozen, popen)
 
 
 def logged(folder):

@@ -1,6 +1,5 @@
 """The run: what an iteration gets, resume, checkpoints, log, grids, students along the way."""
 
-import ast
 import json
 import os
 import re
@@ -11,25 +10,19 @@ import pytest
 import torch
 from helpers import (
     DATA,
-    KINDS,
     PROMPTS,
     ROOT,
     SMALL,
-    assert_same_figures,
-    assert_same_run,
     check_mistake,
-    checkpoints,
-    grid,
     load_family,
-    log,
-    readme_picture,
     run,
-    sample_noise,
     small_run,
     snapshot,
-    tensors,
     watch,
 )
+from pictures import grid, readme_picture, sample_noise
+from reference import differences
+from results import assert_same_figures, assert_same_run, checkpoints, log, tensors
 
 import cdm
 
@@ -58,12 +51,7 @@ def test_an_iteration_gets_its_prompts_and_draws(tmp_path, monkeypatch):
     for k, call in enumerate(calls, 1):
         assert (call.k, call.micro_batch, call.cfg.time_low) == (k, 3, 0.3)
         want = cdm.draw_iteration(call.cfg, 5, k, 4, family.shape, 3.0)
-        for name, x in vars(want).items():
-            found = getattr(call.draw, name)
-            if isinstance(x, dict):
-                assert all(torch.equal(found[key], x[key]) for key in x)
-            else:
-                assert torch.equal(found, x)
+        assert differences(call.draw, want) == set()
         assert all(map(torch.equal, call.uncond, family.uncond))
         chosen.append([])
         for row in call.cond[0]:
@@ -78,30 +66,27 @@ def test_an_iteration_gets_its_prompts_and_draws(tmp_path, monkeypatch):
 # --- Resume. ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resume_bit_for_bit(kind, request, tmp_path):
-    """3 iterations and then 3 more are 6: the same checkpoint and student/, the same log.
+def test_resume_bit_for_bit(trained, tmp_path):
+    """The last two of six iterations come again from the checkpoint of the fourth.
 
-    The straight run drew grids between, for which its student has the EMA's weights.
+    The log's later line is dropped. The straight run drew grids with the EMA's weights, this does
+    not.
     """
-    parts = small_run(tmp_path / "parts", "--iterations", 3, *KINDS[kind])
-    small_run(parts, "--resume", *KINDS[kind])
-    assert_same_run(parts, request.getfixturevalue(kind))
-
-
-def test_resume_drops_later_lines_of_the_log(full, tmp_path):
-    """A run that was killed after its last checkpoint has logged more than it saved."""
-    folder = shutil.copytree(full, tmp_path / "run")
+    expected, flags = trained
+    folder = shutil.copytree(expected, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint_000006")
-    assert log(folder)[-1]["iteration"] == 6
-    small_run(folder, "--resume")
-    assert_same_run(folder, full)
+    small_run(folder, "--resume", *flags)
+    assert_same_run(folder, expected)
 
 
-def test_memory_flags_change_nothing(full, tmp_path):
-    """The same bits with text encoders offloaded, activations kept and the EMA on the CPU."""
+def test_resume_before_the_first_student_update_and_with_memory_flags(full, tmp_path):
+    """There is no log yet. Offloaded text encoders, kept activations and the EMA on the CPU change
+    no bit.
+    """
+    folder = small_run(tmp_path / "run", "--iterations", 1)
     memory = ["--offload-text-encoders", "--no-gradient-checkpointing", "--ema-device", "cpu"]
-    assert_same_run(small_run(tmp_path / "run", *memory), full)
+    small_run(folder, "--resume", *memory)
+    assert_same_run(folder, full)
 
 
 def test_micro_batches_change_the_order_of_sums_alone(full, tmp_path):
@@ -110,38 +95,32 @@ def test_micro_batches_change_the_order_of_sums_alone(full, tmp_path):
     assert_same_figures(log(folder), log(full))
 
 
-def resume(folder, *flags):
-    """What `--resume` does first: compare the settings. It ends here if they differ."""
-    flags = [*DATA, *SMALL, "--output-dir", folder, "--resume", *flags]
-    return cdm.resume({}, cdm.parse_args(list(map(str, flags))))
-
-
-# All of the method's settings are compared in the same way. These are the others.
-OTHERS = "--seed 1, --batch-size 8, --resolution 16, --lora-rank 4, --weights bfloat16, --no-t5"
-OTHERS += ", --teacher other, --prompts other.txt, --alpha 2, --schedule fixed, --warmup 5"
+# All of the method's settings are compared in the same way as three of them. The rest are others.
+OTHERS = "--alpha 2, --schedule fixed, --warmup 5, --teacher other, --prompts other.txt, --no-t5"
+OTHERS += ", --seed 1, --batch-size 8, --resolution 16, --lora-rank 4, --weights bfloat16"
 
 
 @pytest.mark.parametrize("flags", OTHERS.split(", "))
 def test_resume_of_another_run_is_refused(flags, full, capfd):
     """A run of seed 0 resumed with `--seed 1` would be neither the one nor the other."""
+    resumed = [*DATA, *SMALL, "--output-dir", str(full), "--resume", *flags.split()]
     with pytest.raises(SystemExit) as end:
-        resume(full, *flags.split())
+        cdm.resume({}, cdm.parse_args(resumed))
     assert end.value.code == 2
     assert f"cdm.py: --resume: {flags.split()[0]} is " in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["unknown", "missing"])
-def test_a_checkpoint_of_another_version_is_named_so(change, full, tmp_path, capfd):
+@pytest.mark.parametrize("name", ["anchor_lr", "clip"])
+def test_a_checkpoint_of_another_version_is_named_so(name, full, tmp_path, capfd):
     """It has a setting that is unknown here, or lacks one. It is not compared as if equal."""
     folder = shutil.copytree(full, tmp_path / "run")
     file = folder / "checkpoint_000006" / "run.json"
     settings = json.loads(file.read_text())
-    if change == "unknown":
-        settings["anchor_lr"] = 0.1
+    if name in settings:
+        del settings[name]
     else:
-        del settings["clip"]
+        settings[name] = 0.1
     file.write_text(json.dumps(settings))
-    name = {"unknown": "anchor_lr", "missing": "clip"}[change]
     flags = [*DATA, *SMALL, "--output-dir", folder, "--resume"]
     check_mistake(capfd, folder, flags, "checkpoint_000006", "another version", name)
 
@@ -229,65 +208,41 @@ def test_students_along_the_way(tmp_path):
     assert snapshot(two)[weights] != snapshot(four)[weights]
 
 
-def test_another_size_and_a_prompt_with_quotes(tmp_path):
-    """student/README.md draws at the size that was trained, and its code holds any prompt."""
-    prompt = 'a "quoted" cat, it\'s \\ and {braces}'
-    (tmp_path / "prompts.txt").write_text(prompt + "\n", encoding="utf-8")
-    flags = ["--prompts", tmp_path / "prompts.txt", "--resolution", 16, "--iterations", 1]
-    folder = small_run(tmp_path / "run", *flags)
-    noise = sample_noise(load_family("--resolution", 16))
-    assert readme_picture(folder, noise).size == (16, 16)
-    assert json.loads((folder / "checkpoint_000001" / "run.json").read_text())["resolution"] == 16
-    code = (folder / "student" / "README.md").read_text(encoding="utf-8")
-    call = next(line.strip() for line in code.splitlines() if "sigmas=times" in line)
-    assert prompt in [node.value for node in ast.walk(ast.parse(call)) if hasattr(node, "value")]
+def test_a_file_of_prompts_and_another_size(tmp_path, monkeypatch):
+    """A byte order mark, blank lines, blanks, CRLF and duplicates are tolerated.
 
-
-ABLATIONS = {
-    "--schedule fixed --cdm-weight 0": {"N": 4, "loss_cdm": None},
-    "--cdm-point renoise --ca-weight 0 --stratified --student-every 1 --no-t5": {},
-}
-
-
-@pytest.mark.parametrize("flags", ABLATIONS)
-def test_ablations_run(flags, tmp_path):
-    folder = small_run(tmp_path / "run", "--iterations", 2, *flags.split())
-    line = log(folder)[-1]
-    for name, value in ABLATIONS[flags].items():
-        assert line.get(name) == value
-    assert len(log(folder)) == 1 + ("--student-every" in flags)
-
-
-# --- Prompts and defaults. ---
-
-
-def test_prompts_from_a_file(tmp_path, monkeypatch):
-    """A byte order mark, blank lines, blanks, CRLF and duplicates are tolerated."""
-    file = tmp_path / "p.txt"
-    file.write_bytes("\ufeffein Fuchs\r\n\r\n  日本の狐 \n\nein Fuchs\nun café".encode())
+    student/README.md draws at the size that was trained. Its code holds any prompt.
+    """
+    prompts = ['a "quoted" cat, it\'s \\ and {braces}', "日本の狐"]
+    text = "\ufeff{0}\r\n\r\n  {1} \n\n{0}\n".format(*prompts)
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
     asked = []
     encode = cdm.Family.encode
-    monkeypatch.setattr(
-        cdm.Family,
-        "encode",
-        lambda family, prompts: asked.append(prompts) or encode(family, prompts),
-    )
-    flags = ["--prompts", file, "--iterations", 1, "--sample-count", 4]
-    small_run(tmp_path / "run", *flags)
-    assert ["ein Fuchs", "日本の狐", "un café", "ein Fuchs"] in asked
+
+    def watched(family, prompts):
+        asked.append(prompts)
+        return encode(family, prompts)
+
+    monkeypatch.setattr(cdm.Family, "encode", watched)
+    flags = ["--prompts", tmp_path / "prompts.txt", "--resolution", 16, "--iterations", 1]
+    folder = small_run(tmp_path / "run", *flags, "--sample-count", 3)
+    assert [*prompts, prompts[0]] in asked
+    noise = sample_noise(load_family("--resolution", 16))
+    assert readme_picture(folder, noise).size == (16, 16)
 
 
-RUN_DEFAULTS = {
-    "teacher": "stabilityai/stable-diffusion-3-medium",
-    "iterations": 4000,
-    "batch_size": 16,
-    "resolution": 0,
-    "lora_rank": 0,
-    "weights": "float32",
-    "no_t5": False,
-    "sample_steps": [4],
-    "gradient_checkpointing": True,
-}
+def test_ablations_by_flags(tmp_path):
+    """They run together: L_CDM is not logged, the fixed schedule has 4 times, R is 1."""
+    flags = "--schedule fixed --cdm-weight 0 --cdm-point renoise --student-every 1 --no-t5"
+    folder = small_run(tmp_path / "run", "--iterations", 2, *flags.split())
+    lines = log(folder)
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(line["N"] == 4 and "loss_cdm" not in line for line in lines)
+
+
+RUN_DEFAULTS = {"teacher": "stabilityai/stable-diffusion-3-medium", "iterations": 4000}
+RUN_DEFAULTS |= {"batch_size": 16, "resolution": 0, "lora_rank": 0, "weights": "float32"}
+RUN_DEFAULTS |= {"no_t5": False, "sample_steps": [4], "gradient_checkpointing": True}
 
 
 def test_the_defaults_of_a_run_are_the_authors(monkeypatch, tmp_path):
