@@ -12,9 +12,7 @@ distils it. Methods differ in their settings only: see METHODS and GUIDED.
 
 toy_iteration.png shows one iteration. Its panels are 1 backward_simulation (sec. 3.2),
 2 clean_estimate (Eq. 1), 3 ca_loss and 4 dm_loss (Eqs. 3-4), 5 off_trajectory_point (Eq. 7) and
-6 dm_loss from there, which is L_CDM (sec. 3.3).
-
-Left out: images, text and any claim about SD3. SETTINGS has what is the toy's own.
+6 dm_loss from there, which is L_CDM (sec. 3.3). Left out: images, text and any claim about SD3.
 """
 
 import argparse
@@ -32,25 +30,24 @@ import torch
 import torch.nn.functional as F
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
-from torch import nn
 from tqdm import tqdm
 
 import cdm
 
 # ==== 1. The data: a mixture of Gaussians for each class, and its exact velocity ==================
-
 EDGES = torch.linspace(-3.5, 3.5, 71)  # of the histogram's bins, in each direction
 
 
 class Mixture:
-    """p(x0 | c) = sum_k weights[c, k] N(means[k], std^2 I), in two dimensions.
+    """p(x0 | c) = sum_k weights[c, k] N(means[k], std^2 I), with the K means on a circle.
 
     weights: a row of K numbers for each class, normalised here. One more class, the last, is
     "empty": the average over all classes, as the empty prompt stands for all prompts.
     """
 
-    def __init__(self, means, std, weights):
-        self.means = torch.tensor(means)  # (K, 2)
+    def __init__(self, weights, std=0.15, radius=2.0):
+        angles = [2 * math.pi * k / len(weights[0]) for k in range(len(weights[0]))]
+        self.means = torch.tensor([(radius * math.cos(a), radius * math.sin(a)) for a in angles])
         self.std = std
         self.classes = len(weights)
         rows = F.normalize(torch.tensor(weights, dtype=torch.float32), p=1, dim=1)
@@ -60,8 +57,7 @@ class Mixture:
     def modes_at(self, x_t, t, c):
         """log [w_k N(x_t; (1 - t) mu_k, var I)] and v_k = E[noise - x0 | x_t, k] of each mode k.
 
-        On the path mode k stays a Gaussian, so v_k is linear in the gap to its mean. Returns (B, K)
-        and (B, K, 2).
+        On the path mode k stays a Gaussian, so v_k is linear. Returns (B, K) and (B, K, 2).
         """
         t = t[:, None, None]
         var = (1 - t) ** 2 * self.std**2 + t**2
@@ -96,38 +92,27 @@ class Mixture:
         return torch.einsum("ck,kx,ky->cxy", weights, mass[:, 0], mass[:, 1])
 
 
-def ring(n, radius=2.0):
-    """The corners of a regular polygon."""
-    angles = [2 * math.pi * i / n for i in range(n)]
-    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
-
-
-MIXTURES = {
-    # Two classes of four modes each, in turn: first with equal weights, then with unequal ones.
-    "ring": Mixture(ring(8), 0.15, [[1, 0] * 4, [0, 1] * 4]),
-    "uneq": Mixture(ring(8), 0.15, [[8, 0, 4, 0, 2, 0, 1, 0], [0, 8, 0, 4, 0, 2, 0, 1]]),
+MIXTURES = {  # "ring" and "uneq" have two classes of four modes each, in turn
+    "ring": Mixture([[1, 0] * 4, [0, 1] * 4]),
+    "uneq": Mixture([[8, 0, 4, 0, 2, 0, 1, 0], [0, 8, 0, 4, 0, 2, 0, 1]]),
     # Modes 0 and 3 belong to both classes. Guidance moves samples away from them.
-    "shared": Mixture(ring(6), 0.15, [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1]]),
+    "shared": Mixture([[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1]]),
 }
 
 
 # ==== 2. The network, fitted to the exact velocity ================================================
-
-
-class Net(nn.Module):
+class Net(torch.nn.Module):
     """v(x_t, t, c) by residual layers. Shapes as in Mixture.velocity."""
 
     def __init__(self, classes, width=64, layers=4):
         super().__init__()
         # t is seen through 8 sines and 8 cosines, which are sines with a phase.
-        frequency = math.pi / 4 * 2.0 ** torch.linspace(0, 4, 8)
-        phase = torch.tensor([0, math.pi / 2])
-        self.register_buffer("frequency", frequency.repeat(1, 2))
-        self.register_buffer("phase", phase.repeat_interleave(8))
-        self.inp = nn.Linear(2 + 16, width)
-        self.cls = nn.Embedding(classes + 1, width)  # the last class is "empty"
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.out = nn.Linear(width, 2)
+        self.frequency = math.pi / 4 * 2.0 ** torch.linspace(0, 4, 8).repeat(1, 2)
+        self.phase = torch.tensor([0, math.pi / 2]).repeat_interleave(8)
+        self.inp = torch.nn.Linear(2 + 16, width)
+        self.cls = torch.nn.Embedding(classes + 1, width)  # the last class is "empty"
+        self.hidden = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+        self.out = torch.nn.Linear(width, 2)
 
     def forward(self, x_t, t, cond):
         waves = torch.addmm(self.phase, t[:, None], self.frequency).sin()
@@ -158,7 +143,6 @@ def fit(mixture, seed, steps, batch=512):
 
 
 # ==== 3. The methods, as differences from one set of settings, and the loop that trains them ======
-
 SETTINGS = cdm.CDMConfig(
     ca_weight=0.0,
     alpha=1.0,  # with L_CA, students aim at guidance of scale 1 + alpha = 2
@@ -169,12 +153,11 @@ SETTINGS = cdm.CDMConfig(
     fake_lr=4e-3,
     ema_decay=0.995,
 )
-FIXED = {"schedule": "fixed"}
 NO_CDM = {"cdm_weight": 0.0}
 RELEASED = {"time_low": 0.25, "time_high": 0.95}  # after the shift no inner time is below 0.5
 CA = {"ca_weight": 1.0}
 METHODS = {  # trained on --mixture. "DM fixed" is like DMD2 without its GAN and guidance
-    "DM fixed": FIXED | NO_CDM,
+    "DM fixed": NO_CDM | {"schedule": "fixed"},
     "DM dynamic": NO_CDM,
     "CDM": {},
     "DM dynamic, t >= .5": NO_CDM | RELEASED,
@@ -186,12 +169,12 @@ GUIDED = {  # trained on the mixture "shared"
     "CA + DM": CA | NO_CDM,
     "CA + DM + CDM": CA,
 }
-TEACHERS = {"exact field": 1.0, "guided field": 1 + SETTINGS.alpha}  # and their guidance
-
+TEACHERS = {"Euler, exact field": 1.0, "Euler, guided field": 1 + SETTINGS.alpha}  # guidance
 BATCH = 256
 SHIFT = 3.0  # SD3's: the fixed schedule 1, 0.75, 0.5, 0.25 becomes t = 1, 0.9, 0.75, 0.5
 GRIDS = {f"{n} steps": cdm.sampling_times(n, SHIFT) for n in (1, 2, 3, 4, 6, 8)}
-GRIDS["4 other times"] = torch.tensor([1, 0.9, 0.6, 0.15])  # the last two are new to "DM fixed"
+OTHER = "4 other times"
+GRIDS[OTHER] = torch.tensor([1, 0.9, 0.6, 0.15])  # the last two are new to "DM fixed"
 ALL_GRIDS = GRIDS | {"200 steps": cdm.sampling_times(200)}
 
 
@@ -228,7 +211,7 @@ def train(mixture, settings, seed, size):
             calls.clear()
         draw = cdm.draw_iteration(cfg, seed, k, BATCH, (2,), SHIFT)
         cdm.cdm_iteration(k, cond, uncond, draw, teacher, *learners, average, cfg)
-        if k == size["iterations"] // 2 + 2:
+        if k == size["iterations"] // 4 * 2 + 2:
             halfway = copy.deepcopy(asked) | {"draw": draw}
         if k % size["frame_every"] == 0 or k == size["iterations"]:
             models.append(copy.deepcopy(ema))
@@ -236,10 +219,11 @@ def train(mixture, settings, seed, size):
 
 
 # ==== 4. The metrics, against exact values ========================================================
-
-
 def measure(mix, x, c):
-    """All metrics of samples x (B, 2) of classes c (B,), by name."""
+    """Metrics of samples x, (B, 2), of classes c: total variation between their histogram and the
+    data; the share that is farther than 4 std from every mode of its class; the median distance to
+    the own mode's centre, relative to the data's; the share in modes that all classes have.
+    """
     x = x.nan_to_num(1e6).clamp(-1e6, 1e6)  # a method may diverge
     distances = (x[:, None] - mix.means).norm(dim=2)
     distance, mode = distances.masked_fill(mix.weights[c] == 0, math.inf).min(1)
@@ -251,13 +235,9 @@ def measure(mix, x, c):
         if len(own):
             radii.append((own - own.median(0).values).norm(dim=1) / mix.std)
     metrics = {
-        # Total variation between the samples and the data over all bins and their outside, 0 to 1.
-        "tv": (excess.abs().sum() + excess.sum().abs()) / 2,
-        # Share of samples farther than 4 std from every mode of their class.
+        "tv": (excess.abs().sum() + excess.sum().abs()) / 2,  # of all bins and of their outside
         "artifacts": (distance > 4 * mix.std).double().mean(),
-        # Median radius relative to the data's. Below 1, samples are closer together than the data.
-        "spread": torch.cat(radii).median() / math.sqrt(2 * math.log(2)),
-        # Share of samples in modes that belong to all classes.
+        "spread": torch.cat(radii).median() / math.sqrt(2 * math.log(2)),  # 1 for the data
         "shared": mix.shared[mode].double().mean(),
     }
     return {name: round(float(value), 5) for name, value in metrics.items()}
@@ -274,14 +254,13 @@ def evaluate(model, mix, n, grids):
 
 
 # ==== 5. The figures. Colours are Okabe and Ito's, which colour-blind readers can tell apart ======
-
-SHOWN = slice(0, 16, 2)  # in toy_iteration.png: eight samples of class 0
-LINES = {  # colour and marker of a method
-    "exact field": ("#888888", "x"),
-    "DM fixed": ("#D55E00", "o"),
-    "DM dynamic": ("#E69F00", "s"),
-    "CDM": ("#0072B2", "D"),
-}
+SHOWN = [14, 220, 30, 36, 50, 80, 98, 106]  # in toy_iteration.png: of class 0, lying apart
+LINES = {"Euler, exact field": "C7x", "DM fixed": "C3o", "DM dynamic": "C1s", "CDM": "C0D"}
+OKABE = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 #888888"  # are C0 to C7
+matplotlib.rc("axes", titlesize=9.5, prop_cycle=matplotlib.cycler(color=OKABE.split()))
+matplotlib.rc("figure.constrained_layout", use=True)
+matplotlib.rc("legend", fontsize=7.5, frameon=False, labelspacing=0.3)
+matplotlib.rc("lines", markersize=3.5, linewidth=1)
 
 
 def mean_and_std(runs, metric, grids):
@@ -317,8 +296,8 @@ def draw_samples(figure, results, rows, metrics=(), frame=-1):
         noise = torch.randn(len(c), 2, generator=cdm.generator("figures"))
         x = cdm.sample(models[frame], noise, ALL_GRIDS[grid], (c,))
         draw_density(ax, mix, mix.classes)
-        for cls, colour in enumerate(("#0072B2", "#E69F00")):
-            ax.plot(*x[c == cls].T, ".", ms=1.6, mew=0, color=colour)
+        for cls in range(mix.classes):
+            ax.plot(*x[c == cls].T, f"C{cls}.", ms=1.6, mew=0)
         notes = [f"{metric} {text(runs, metric, grid)}" for metric in metrics]
         ax.set(title=f"{method}\n{grid}", xlabel="\n".join(notes))
 
@@ -326,42 +305,36 @@ def draw_samples(figure, results, rows, metrics=(), frame=-1):
 def draw_ideas(figure, results, mixture):
     """The times at which three students are trained, and metrics over the number of steps."""
     top, bottom = figure.subplots(2, 3, height_ratios=(1, 1.4))
-    words = ("always at four times", "at new times each iteration", "also off the path, at t' (◇)")
+    words = ("always at four times", "at new times each iteration", "also off the path, at t' (○)")
     for ax, method, caption in zip(top, ("DM fixed", "DM dynamic", "CDM"), words, strict=True):
         cfg = replace(SETTINGS, **METHODS[method])
         for k in range(1, 7):
             draw = cdm.draw_iteration(cfg, 0, k, 6, (2,), SHIFT)
             if cfg.cdm_weight:
-                ax.plot(draw.t_off, [k] * 6, "kD", mfc="white")
-            ax.plot(draw.schedule, [k] * len(draw.schedule), "o", color=LINES[method][0])
+                ax.plot(draw.t_off, [k] * 6, "ko", mfc="white")
+            ax.plot(draw.schedule, [k] * len(draw.schedule), LINES[method])
         ax.set(title=f"{method}: trained\n{caption}", xlabel="t (1 noise, 0 data)")
-        ax.set(xlim=(1.05, -0.05), xticks=(1, 0.9, 0.75, 0.5, 0), ylabel="iteration")
+        ax.set(xlim=(1.05, -0.05), xticks=(1, 0.75, 0.5, 0.25, 0), ylabel="iteration")
     for ax, metric in zip(bottom, ("tv", "artifacts", "spread"), strict=True):
-        for i, (method, (colour, marker)) in enumerate(LINES.items()):
+        for i, (method, style) in enumerate(LINES.items()):
             mean, std = mean_and_std(results[mixture, method], metric, GRIDS)
             x = torch.arange(len(GRIDS)) + 0.08 * (i - 1.5)  # so that no method hides another
-            ax.errorbar(x, mean, std, fmt=marker, color=colour, elinewidth=0.7, label=method)
-            ax.plot(x[:-1], mean[:-1], color=colour)  # other times have no place in the order
+            ax.errorbar(x, mean, std, fmt=style, elinewidth=0.7, label=method)
+            ax.plot(x[:-1], mean[:-1], style[:2])  # other times have no place in the order
         ax.set_xticks(range(len(GRIDS)), [*"123468", "4 other\ntimes"])
         ax.set(title=metric, xlabel="sampling steps")
-    bottom[2].set_yscale("log", base=2)
     figure.legend(*bottom[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def draw_links(ax, *points, style):
-    """A line through the points of each sample. points: (8, 2) each."""
-    ax.plot(*torch.stack(points).permute(2, 0, 1), style, lw=0.8)
-
-
 def draw_loss(ax, x0_hat, real, other, marker, name):
-    """The push on each estimate. For three samples, the two answers whose difference it is."""
+    """The push on each estimate. For two samples, the two answers whose difference it is."""
     (z, d_real), (_, d_other) = real, other
     delta = d_real - d_other
-    most = delta.norm(dim=1).argsort()[-3:]
-    draw_links(ax, x0_hat[most], z[most], style="C7:")
-    draw_links(ax, d_real[most], z[most], d_other[most], style="C7:")
+    most = delta.norm(dim=1).argsort()[-2:]
+    links = torch.stack([x0_hat[most], z[most], d_real[most], z[most], d_other[most]])
+    ax.plot(*links.permute(2, 0, 1), "C7:")
     ax.plot(*x0_hat.T, "C0o", label=r"student's clean estimate $\hat x_0$")
-    ax.plot(*z[most].T, "C0o", mfc="white", label=r"$z$: $\hat x_0$ noised again, three of them")
+    ax.plot(*z[most].T, "C0o", mfc="white", label=r"$z$: $\hat x_0$ noised again (of two)")
     ax.plot(*d_real[most].T, "C2^", label="teacher's clean estimate from $z$")
     ax.plot(*d_other[most].T, marker, label=name)
     arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.012, "color": "C3"}
@@ -372,12 +345,12 @@ def draw_loss(ax, x0_hat, real, other, marker, name):
 def draw_iteration(figure, asked):
     """One call of cdm.cdm_iteration, from what it asked student, teacher and fake score."""
     titles = (
-        "1. Follow the student to an anchor\nbackward_simulation, sec. 3.2",
-        "2. Jump straight to clean data\nclean_estimate, Eq. 1",
-        "3. L_CA: what does the class change?\nca_loss, Eqs. 3-4",
-        "4. L_DM: more like the data\ndm_loss, Eqs. 3-4",
-        "5. Leave the path, to any time t'\noff_trajectory_point, Eq. 7",
-        "6. L_CDM: jump from there, then as 4\ndm_loss, sec. 3.3",
+        "1. Follow the student's path to an anchor\nbackward_simulation, sec. 3.2",
+        "2. From there, jump straight to t = 0\nclean_estimate, Eq. 1",
+        "3. L_CA: push by what the class changes\nca_loss, Eqs. 3-4",
+        "4. L_DM: push from fake score to teacher\ndm_loss, Eqs. 3-4",
+        "5. Along the line of 2, to any time t'\noff_trajectory_point, Eq. 7",
+        "6. L_CDM: jump from there, push as in 4\ndm_loss, sec. 3.3",
     )
     # In the order in which cdm_iteration asks. Simulation's call i is of samples not yet there.
     *simulation, at_anchor, off = asked["student"]
@@ -388,26 +361,29 @@ def draw_iteration(figure, asked):
     answers = (at_anchor, off, *asked["teacher"], *asked["fake"])
     answers = [(x[SHOWN], estimate[SHOWN]) for x, estimate in answers]
     (x_t, x0_hat), (x_off, x0_off), ca, ca_empty, dm, dm_off, _, fake, fake_off = answers
-
     axes = figure.subplots(2, 3).flat
     for ax, title in zip(axes, titles, strict=True):
         draw_density(ax, MIXTURES["shared"], 0)
         ax.set_title(title)
-    draw_links(axes[0], *path, style="C7.-")
+    axes[0].plot(*path.permute(2, 0, 1), "C7.-")
+    axes[0].plot([], [], "C7.-", label="path, at newly drawn times")
     axes[0].plot(*path[0].T, "C7o", mfc="white", label="noise, t = 1")
-    draw_links(axes[1], x_t, x0_hat, style="C0-")
-    draw_links(axes[4], x_t, x_off, style="k:")
-    draw_links(axes[5], x_off, x0_off, style="C0-")
+    for ax in (axes[1], axes[4]):
+        ax.plot(*torch.stack([x_t, x0_hat]).permute(2, 0, 1), "C0-")
+    axes[4].plot(*torch.stack([x_t, x_off]).permute(2, 0, 1), "k:")
+    axes[5].plot(*torch.stack([x_off, x0_off]).permute(2, 0, 1), "C0-")
     for ax in (axes[0], axes[1], axes[4]):
-        ax.plot(*x_t.T, "ks", label="anchor")
+        ax.plot(*x_t.T, "ks", label="anchor: it stops here")
     for ax in (axes[4], axes[5]):
         ax.plot(*x_off.T, "kD", mfc="white", label="off-trajectory point")
     axes[1].plot(*x0_hat.T, "C0o", label=r"student's clean estimate $\hat x_0$")
-    draw_loss(axes[2], x0_hat, ca, ca_empty, "C1v", "teacher's without the class")
-    draw_loss(axes[3], x0_hat, dm, fake, "C4v", "fake score's")
-    draw_loss(axes[5], x0_off, dm_off, fake_off, "C4v", "fake score's")
+    draw_loss(axes[2], x0_hat, ca, ca_empty, "C1v", "the same without the class")
+    draw_loss(axes[3], x0_hat, dm, fake, "C4v", "fake score's: it learns the student's data")
+    draw_loss(
+        axes[5], x0_off, dm_off, fake_off, "C4v", "fake score's: it learns the student's data"
+    )
     for ax in axes:
-        ax.legend(loc="lower left", fontsize=7)
+        ax.legend(loc="lower left")
 
 
 def draw_all(folder, results, mixture, every):
@@ -417,31 +393,28 @@ def draw_all(folder, results, mixture, every):
         function(figure, *options)
         figure.savefig(folder / f"toy_{name}.png")
 
-    def on_and_off(*methods):
-        return [[(mixture, m, grid) for m in methods] for grid in ("4 steps", "4 other times")]
-
     _, models, asked = results["shared", "CA + DM + CDM"][0]
     draw("iteration", 6.6, "One iteration of CDM, eight samples of a class", draw_iteration, asked)
     draw("ideas", 5.5, "Where students are trained, and how they do", draw_ideas, results, mixture)
     title = "On the fixed schedule (top), and off it. Grey: the data"
-    draw("samples", 5.8, title, draw_samples, results, on_and_off(*LINES), ("tv", "artifacts"))
-    title = "The left and right modes belong to both classes"
+    rows = [[(mixture, method, grid) for method in LINES] for grid in ("4 steps", OTHER)]
+    draw("samples", 6.8, title, draw_samples, results, rows, ("tv", "artifacts", "spread"))
+    title = "The left and right modes belong to both classes. CA alone leaves the picture"
     panels = [("shared", teacher, "200 steps") for teacher in TEACHERS]
     panels += [("shared", method, "4 steps") for method in GUIDED]
-    rows = panels[:3], panels[3:]
-    draw("guidance", 6.2, title, draw_samples, results, rows, ("shared", "artifacts"))
+    guided = panels[:3], panels[3:]
+    draw("guidance", 6.2, title, draw_samples, results, guided, ("shared", "artifacts"))
     figure = Figure((5, 5.4))
     writer = PillowWriter(fps=5)
     with writer.saving(figure, folder / "toy_training.gif", dpi=110):
         for frame in range(len(models)):
             figure.clear()
             figure.suptitle(f"iteration {frame * every}")
-            draw_samples(figure, results, on_and_off("DM fixed", "CDM"), (), frame)
+            draw_samples(figure, results, [row[1::2] for row in rows], frame=frame)
             writer.grab_frame()
 
 
 # ==== 6. The program: one process on each core, each on one thread ================================
-
 FULL = {"iterations": 2000, "frame_every": 100, "fit_steps": 2000, "samples": 20_000}
 QUICK = {"iterations": 40, "frame_every": 10, "fit_steps": 200, "samples": 4000}
 # Models return by shared memory. By default each of their tensors would be an open file.
@@ -451,9 +424,8 @@ torch.multiprocessing.set_sharing_strategy("file_system")
 def print_table(results, mixture, metric, methods, grids):
     print(f"\n{mixture + ': ' + metric:28}" + "".join(f"{grid:>16}" for grid in grids))
     for method in methods:
-        name = f"Euler steps of the {method}" if method in TEACHERS else method
         cells = [text(results[mixture, method], metric, grid) for grid in grids]
-        print(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"{method:28}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def main():
@@ -466,8 +438,9 @@ def main():
     add("--output-dir", type=Path, default=Path("runs/toy"), help="default runs/toy")
     args = parser.parse_args()
     size = QUICK if args.quick else FULL
-    if args.iterations:
-        size = size | {"iterations": args.iterations}
+    size = size | {"iterations": args.iterations or size["iterations"]}
+    if args.seeds < 1 or size["iterations"] < 2:
+        parser.error("it needs a seed and two iterations")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     results = {}
@@ -490,20 +463,16 @@ def main():
     runs = {", ".join(key): [metrics for metrics, *_ in runs] for key, runs in results.items()}
     report = {"size": size, "settings": asdict(SETTINGS), "methods": METHODS | GUIDED, "runs": runs}
     (args.output_dir / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-    methods = ("exact field", *METHODS)
+    grids = ("4 steps", "8 steps", OTHER)
     for metric in ("artifacts", "tv", "spread"):
-        grids = ("4 steps", "8 steps", "4 other times")
-        print_table(results, args.mixture, metric, methods, grids)
+        print_table(results, args.mixture, metric, ("Euler, exact field", *METHODS), grids)
     for metric in ("shared", "artifacts"):
         print_table(results, "shared", metric, TEACHERS, ["200 steps"])
         print_table(results, "shared", metric, GUIDED, ["1 steps", "4 steps"])
-    if args.quick:
-        print("\nquick run: too short to conclude")
+    print("\nquick run: too short to conclude\n" if args.quick else "")
     draw_all(args.output_dir, results, args.mixture, size["frame_every"])
-    print(f"\nWrote metrics.json, 4 figures and an animation to {args.output_dir}.")
+    print(f"Wrote metrics.json, 4 figures and an animation to {args.output_dir}.")
 
 
 if __name__ == "__main__":
-    style = {"figure.constrained_layout.use": True, "legend.frameon": False}
-    matplotlib.rcParams.update(style | {"lines.markersize": 3.5})
     main()
