@@ -63,7 +63,7 @@ def write_pipeline(folder, no_t5):
 
 
 def compute(args, gpu):
-    """{term: bytes} of training, from shapes alone."""
+    """{term: bytes} of training with all on one device, from shapes alone."""
     size = 2 if gpu or args.weights == "bfloat16" else 4  # of what does not train
     with torch.device("meta"):
         parts = dict(make_parts(args.no_t5))
