@@ -416,7 +416,7 @@ def draw_all(folder, results, mixture, every):
 
 # ==== 6. The program: one process on each core, each on one thread ================================
 FULL = {"iterations": 2000, "frame_every": 100, "fit_steps": 2000, "samples": 20_000}
-QUICK = {"iterations": 40, "frame_every": 10, "fit_steps": 200, "samples": 4000}
+QUICK = {"iterations": 20, "frame_every": 20, "fit_steps": 100, "samples": 1000}
 # Models return by shared memory. By default each of their tensors would be an open file.
 torch.multiprocessing.set_sharing_strategy("file_system")
 
