@@ -674,9 +674,10 @@ def full(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def sample_grid(k, family, student, ema, cond, args, side=384):
-    """samples/step_NNNNNN.png: the EMA student's images under the teacher's, `side` pixels each."""
+def sample_grid(k, family, student, ema, cond, args):
+    """samples/step_NNNNNN.png: images of the EMA student under those of the teacher."""
     n = args.sample_count
+    side = min(384, 3 * family.resolution)  # pixels of an image in the grid
     scale = 1 + args.alpha if args.ca_weight else 1
     teacher = partial(family.predict, family.pipe.transformer)
     rows = [(f"teacher, steps: 28, guidance {scale:g}", partial(teacher, guidance=scale), 28)]
@@ -844,11 +845,10 @@ def main(argv=None):
     if args.sample_every:  # the picture before training, and an early test of drawing
         sample_grid(done, family, student, ema, grid_cond, args)
     seconds = 0
-    networks = (teacher, student, fake_score, ema)
     bar = tqdm(initial=done, total=args.iterations, disable=RANK > 0)
     for k in range(done + 1, args.iterations + 1):
         began = time.perf_counter()
-        values = run_iteration(k, prompts, family, networks, stop, args)
+        values = run_iteration(k, prompts, family, (teacher, student, fake_score, ema), stop, args)
         seconds += time.perf_counter() - began
         stopped = values.pop("stop") > 0
         last = stopped or k == args.iterations
