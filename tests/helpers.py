@@ -5,8 +5,6 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 import cdm
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +19,6 @@ SMALL = [
     *"--sample-every 0 --student-lr 3e-3 --fake-lr 3e-3 --warmup 10".split(),
 ]
 KINDS = {"full": [], "lora": "--lora-rank 4 --student-lr 1e-1".split()}
-NEVER = 100_000  # iterations, for a run that only a signal ends
 
 
 def run(*flags):
@@ -56,26 +53,3 @@ def load_family(*flags):
     """The demo teacher, as cdm.py loads it."""
     flags = [*DATA, "--output-dir", "/nowhere", *map(str, flags)]
     return cdm.load_family(cdm.parse_args(flags))
-
-
-def check_mistake(capfd, folder, flags, *words):
-    """A mistake has exit code 2, prints one sentence with these words, and writes nothing."""
-    before = snapshot(folder)
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(*flags)
-    out, err = capfd.readouterr()
-    assert end.value.code == 2
-    assert snapshot(folder) == before
-    sentence = err.splitlines()[-1]  # argparse prints the usage first, and pytest's own name
-    assert sentence.startswith(("cdm.py: ", "__main__.py: ")) and out == "", err
-    for word in words:
-        assert word in sentence, (word, sentence)
-
-
-def snapshot(folder):
-    """Everything in a folder: name -> bytes, None for a folder."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*")):
-        found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
-    return found

@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 import cdm
 
@@ -47,18 +47,27 @@ def readme_picture(folder, noise):
 
 def levels(a, b):
     """The largest difference of two pictures' colours, of 256 levels."""
-    a, b = (torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).int() for x in (a, b))
-    return int((a - b).abs().max())
+    return max(most for _, most in ImageChops.difference(a, b).getextrema())
 
 
-def pipeline_picture(pipe, prompt, noise, side, output_type="pil", **options):
-    """What diffusers draws without guidance, or its latents."""
-    (found,) = pipe(
-        prompt,
-        height=side,
-        width=side,
-        latents=noise,
-        output_type=output_type,
-        **{"guidance_scale": 1.0, **options},
-    ).images
-    return found
+def draw_with(pipe, prompt, noise, side, **options):
+    """What diffusers draws, without guidance unless options say so."""
+    size = {"height": side, "width": side, "guidance_scale": 1.0}
+    return pipe(prompt, latents=noise, **(size | options)).images[0]
+
+
+@torch.no_grad()
+def check_sampling(family, prompt, steps, draw):
+    """Our sampling equals the pipeline's: latents to 1e-5, the picture byte for byte.
+
+    The pipeline is given the times before their shift, such as 1, 0.75, 0.5, 0.25.
+    """
+    model = cdm.partial(family.predict, family.pipe.transformer)
+    noise, cond = sample_noise(family), family.encode([prompt])
+    sigmas = [1 - i / steps for i in range(steps)]
+    latents = cdm.sample(model, noise, cdm.sampling_times(steps, family.shift), cond)
+    expected = draw(sigmas=sigmas, output_type="latent")
+    torch.testing.assert_close(latents, expected.view_as(latents), rtol=0, atol=1e-5)
+    image = family.image(model, noise, steps, cond)
+    assert image == draw(sigmas=sigmas)
+    return image

@@ -6,6 +6,7 @@ The formulas work in float64 and share no code with cdm.py. All draws have fixed
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -52,30 +53,20 @@ def assert_uniform(cells, n):
 
 
 def by_name(d):
-    """All the tensors of a Draw but the schedule, each with rows of samples."""
+    """All the tensors of a Draw."""
     times = {f"tau {name}": tau for name, tau in d.tau.items()}
     noises = {f"noise {name}": noise for name, noise in d.noise.items()}
-    return {"index": d.index, "t_off": d.t_off, **times, **noises}
+    return {"schedule": d.schedule, "index": d.index, "t_off": d.t_off, **times, **noises}
 
 
 def differences(a, b):
-    """The names of the tensors, the schedule included, in which two Draws differ."""
-    x = {"schedule": a.schedule, **by_name(a)}
-    y = {"schedule": b.schedule, **by_name(b)}
+    """The names of the tensors in which two Draws differ."""
+    x, y = by_name(a), by_name(b)
     same = {name for name in x.keys() & y.keys() if torch.equal(x[name], y[name])}
     return (x.keys() | y.keys()) - same
 
 
 # --- A network. ---
-
-
-@dataclass
-class Call:
-    """One call of a Net."""
-
-    x: torch.Tensor
-    t: torch.Tensor
-    grad: bool  # gradients were on
 
 
 class Net(torch.nn.Module):
@@ -91,7 +82,7 @@ class Net(torch.nn.Module):
             p.data = 0.5 * randn(*p.shape, seed=100 * seed + i)
 
     def forward(self, x, t, cond):
-        self.log.append(Call(x.detach(), t, torch.is_grad_enabled()))
+        self.log.append(SimpleNamespace(x=x.detach(), t=t, grad=torch.is_grad_enabled()))
         tokens, pooled = cond
         h = torch.cat([x.flatten(1), t[:, None], tokens.mean(1), pooled], 1)
         return self.b(torch.tanh(self.a(h))).view(x.shape)
@@ -123,17 +114,15 @@ class LossByHand:
     value: torch.Tensor
     gradient: torch.Tensor  # of the value, with respect to x0_hat
     w: torch.Tensor  # (B,)
-    distance: torch.Tensor  # (B,), mean |D_real - x0_hat|: w is 1 / max(distance, 0.1)
 
 
 def pseudo_target_by_hand(x0_hat, d_real, delta):
     """The mean over all entries of (w delta)^2, and its gradient -2 w delta / numel."""
     pairs = zip(d_real, x0_hat, strict=True)
-    distance = [float((a - b).abs().sum() / a.numel()) for a, b in pairs]
-    w = float64([1 / max(d, 0.1) for d in distance])
+    w = float64([1 / max(float((a - b).abs().sum() / a.numel()), 0.1) for a, b in pairs])
     step = torch.stack([w[b] * delta[b] for b in range(len(w))])
     numel = step.numel()
-    return LossByHand((step**2).sum() / numel, -2 * step / numel, w, float64(distance))
+    return LossByHand((step**2).sum() / numel, -2 * step / numel, w)
 
 
 @torch.no_grad()
@@ -245,6 +234,24 @@ class World:
         x, v, _ = rollout(student, d.noise["start"], d.schedule, cond)
         rows = torch.arange(self.batch)
         return x[d.index, rows], d.schedule[d.index].double(), v[d.index, rows]
+
+    def losses_by_hand(self, k, student):
+        """By name of the loss: x0_hat with this student's gradient, and the loss by hand."""
+        cond, uncond, d = self.draw(k)
+        uncond = tuple(c.repeat(self.batch, *[1] * (c.ndim - 1)) for c in uncond)
+        x, t, v = self.anchors(k, student)
+        t_off = t if self.cfg.cdm_point == "anchor" else d.t_off
+        x_off = x + col(t_off - t, x) * v  # Eq. 7
+        if self.cfg.cdm_point == "renoise":
+            x_off = noised(x - col(t, x) * v, t_off, d.noise["off"])
+
+        x0_hat, x0_hat_off = D(student, x, t, cond), D(student, x_off, t_off, cond)
+        at = {name: (d.tau[name], d.noise[name]) for name in d.tau}
+        nets = self.teacher, self.fake
+        ca = ca_by_hand(x0_hat, self.teacher, cond, uncond, *at["ca"], self.cfg.alpha)
+        dm = dm_by_hand(x0_hat, *nets, cond, *at["dm"])
+        off = dm_by_hand(x0_hat_off, *nets, cond, *at["cdm"])
+        return {"ca": (x0_hat, ca), "dm": (x0_hat, dm), "cdm": (x0_hat_off, off)}
 
     def evaluations(self):
         """Samples evaluated in the last iteration, by network and by what for."""

@@ -1,4 +1,4 @@
-"""What a run left: its checkpoints, its log, its exported student."""
+"""What a run left: files, checkpoints, log, student. And what a mistake leaves: nothing."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,30 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import snapshot
+from helpers import run
+
+
+def snapshot(folder):
+    """Everything in a folder: name -> bytes, None for a folder."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def check_mistake(capfd, folder, flags, *words):
+    """A mistake has exit code 2, prints one sentence with these words, and writes nothing."""
+    before = snapshot(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(*flags)
+    out, err = capfd.readouterr()
+    assert end.value.code == 2
+    assert snapshot(folder) == before
+    sentence = err.splitlines()[-1]  # argparse prints the usage first, and pytest's own name
+    assert sentence.startswith(("cdm.py: ", "__main__.py: ")) and out == "", err
+    for word in words:
+        assert word in sentence, (word, sentence)
 
 
 def checkpoints(folder):

@@ -2,12 +2,21 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from helpers import KINDS, PROMPTS, check_mistake, load_family, small_run
-from pictures import QUARTERS, grid, levels, pipeline_picture, readme_picture, sample_noise
-from results import assert_same_run
+from helpers import KINDS, PROMPTS, load_family, small_run
+from pictures import (
+    QUARTERS,
+    check_sampling,
+    draw_with,
+    grid,
+    levels,
+    readme_picture,
+    sample_noise,
+)
+from results import assert_same_run, check_mistake
 
 import cdm
 
@@ -97,7 +106,7 @@ def draw(family, prompt=PROMPTS[0], **options):
     noise = sample_noise(family)
     packed = pipe._pack_latents(noise, 1, *family.shape)
     rewrite = {"enable_prompt_rewrite": False}
-    found = pipeline_picture(pipe, prompt, packed, family.resolution, **rewrite, **options)
+    found = draw_with(pipe, prompt, packed, family.resolution, **rewrite, **options)
     if not torch.is_tensor(found):
         return found
     side = family.resolution
@@ -108,31 +117,11 @@ def draw(family, prompt=PROMPTS[0], **options):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
-@torch.no_grad()
 def test_sampling_equals_the_pipelines(steps, family):
-    """Latents to 1e-5, pictures byte for byte. They depend on the prompt."""
-    model = cdm.partial(family.predict, family.pipe.transformer)
-    noise, cond = sample_noise(family), family.encode([PROMPTS[3]])
-    sigmas = [1 - i / steps for i in range(steps)]
-    latents = cdm.sample(model, noise, cdm.sampling_times(steps, family.shift), cond)
-    expected = draw(family, PROMPTS[3], sigmas=sigmas, output_type="latent")
-    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    image = family.image(model, noise, steps, cond)
-    assert image.tobytes() == draw(family, PROMPTS[3], sigmas=sigmas).tobytes()
-    other = family.image(model, noise, steps, family.encode([PROMPTS[4]]))
-    assert image.tobytes() != other.tobytes()
-
-
-@torch.no_grad()
-def test_the_guided_teacher_equals_the_pipelines(family):
-    """28 steps under guidance, without CFG renormalisation, which no loss of CDM has."""
-    model = cdm.partial(family.predict, family.pipe.transformer, guidance=4.0)
-    times = cdm.sampling_times(28, family.shift)
-    latents = cdm.sample(model, sample_noise(family), times, family.encode(PROMPTS[:1]))
-    options = {"num_inference_steps": 28, "guidance_scale": 4.0, "output_type": "latent"}
-    expected = draw(family, enable_cfg_renorm=False, **options)
-    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-    assert not torch.allclose(latents, draw(family, **options), atol=1e-3)
+    """And it depends on the prompt."""
+    image = check_sampling(family, PROMPTS[3], steps, partial(draw, family, PROMPTS[3]))
+    other = draw(family, PROMPTS[4], sigmas=[1 - i / steps for i in range(steps)])
+    assert image != other
 
 
 def test_the_shift_is_the_schedulers(teacher, family):

@@ -16,17 +16,7 @@ A loss is (w delta)^2, and its slope in x0_hat is -2 w delta.
 
 import pytest
 import torch
-from reference import (
-    Net,
-    assert_close,
-    ca_by_hand,
-    col,
-    conditions,
-    dm_by_hand,
-    float64,
-    noised,
-    randn,
-)
+from reference import Net, assert_close, ca_by_hand, conditions, dm_by_hand, float64, noised, randn
 
 import cdm
 
@@ -135,14 +125,12 @@ def test_weight_in_numbers():
 def check_loss(loss_of, by_hand, x0_hat, *args):
     """A loss has the value, the weights and the gradient of the formulas by hand."""
     want = by_hand(x0_hat, *args)
-    # The floor of w is active for some samples, and no two have the same distance: a weight of the
-    # wrong sample would show.
-    assert len(set(want.distance.tolist())) == len(x0_hat)
-    assert want.distance.min() < 0.1 < want.distance.max()
+    assert want.w.min() < want.w.max() == 10  # the floor is active for some samples
     x0_hat.requires_grad_()
     loss, w = loss_of(x0_hat, *args)
     assert_close(loss, want.value)
     assert_close(w, want.w)
+    assert not w.requires_grad
     assert_close(torch.autograd.grad(loss, x0_hat)[0], want.gradient)
 
 
@@ -169,12 +157,16 @@ def test_eqs_3_4_dm_by_hand(shape, tau):
 
 @pytest.mark.parametrize("shape", [(5, 2), (3, 4, 8, 8)])
 def test_fake_score_loss_by_hand(shape):
-    """L_fake is the mean of error^2, error = v_phi(z) - (noise - x0), and so is its gradient."""
+    """L_fake is the mean of error^2, error = v_phi(z) - (noise - x0), and so is its gradient.
+
+    It does not reach the student, which made x0.
+    """
     fake = Net(shape[1:], 2)
     x0, noise = randn(*shape), randn(*shape, seed=1)
     cond = conditions(shape[0])
     tau = torch.linspace(0.1, 0.9, shape[0]).double()
-    loss = cdm.fake_score_loss(fake, x0, cond, tau, noise)
+    loss = cdm.fake_score_loss(fake, x0.requires_grad_(), cond, tau, noise)
+    assert torch.autograd.grad(loss, x0, retain_graph=True, allow_unused=True) == (None,)
 
     v = fake(noised(x0, tau, noise), tau, cond)
     error = (v - (noise - x0)).detach()
@@ -185,25 +177,7 @@ def test_fake_score_loss_by_hand(shape):
         assert_close(got, g)
 
 
-@pytest.mark.parametrize("kind, trained", [("ca", "student"), ("dm", "student"), ("fake", "fake")])
-def test_gradients_reach_one_network_only(kind, trained):
-    """L_CA and L_DM leave gradients in the student alone, L_fake in the fake score alone."""
-    nets = {name: Net((2,), seed) for seed, name in enumerate(("student", "teacher", "fake"))}
-    teacher, fake = nets["teacher"], nets["fake"]
-    cond, uncond = conditions(5), conditions(5, 1)
-    tau, noise = torch.full((5,), 0.6).double(), randn(5, 2, seed=1)
-    x0_hat = cdm.clean_estimate(noise, tau, nets["student"](noise, tau, cond))
-    losses = {
-        "ca": cdm.ca_loss(x0_hat, teacher, cond, uncond, tau, noise, 7.0)[0],
-        "dm": cdm.dm_loss(x0_hat, teacher, fake, cond, tau, noise)[0],
-        "fake": cdm.fake_score_loss(fake, x0_hat, cond, tau, noise),
-    }
-    losses[kind].backward()
-    for name, net in nets.items():
-        assert all((p.grad is not None) == (name == trained) for p in net.parameters())
-
-
-# --- A Gaussian N(mu, s^2 I), whose velocity, score and posterior mean have closed forms. ---
+# --- A Gaussian N(mu, s^2 I), whose velocity and score have closed forms. ---
 
 
 def gaussian_variance(s, t):
@@ -230,19 +204,6 @@ def gaussian_score(mu, s, z, t):
     return torch.autograd.grad(density.log_prob(z).sum(), z)[0]
 
 
-def test_eq_1_is_the_posterior_mean():
-    """With the velocity of N(0.7, 0.5^2) it is E[x0 | x_t], integrated numerically over x0."""
-    mu, s = 0.7, 0.5
-    t = float64([0.02, 0.3, 0.5, 0.9, 0.98, 1.0])
-    x_t = 2 * randn(6, 1)
-    x0 = torch.linspace(mu - 12 * s, mu + 12 * s, 100_001, dtype=torch.float64)
-    log_prior = -(((x0 - mu) / s) ** 2) / 2
-    log_likelihood = -(((x_t - (1 - t[:, None]) * x0) / t[:, None]) ** 2) / 2
-    posterior = (log_prior + log_likelihood).softmax(1)
-    mean = (posterior * x0).sum(1, keepdim=True)
-    assert_close(cdm.clean_estimate(x_t, t, gaussian_velocity(mu, s)(x_t, t)), mean, 1e-10)
-
-
 REAL, FAKE = (0.7, 0.5), (-0.4, 0.8)  # (mu, s) of two Gaussians
 
 
@@ -250,7 +211,8 @@ def test_eq_1_in_score_form():
     """Tweedie's formula: D(z, u) = (z + u^2 grad log p_u(z)) / (1 - u)."""
     u = float64([0.1, 0.3, 0.6, 0.9])
     z = noised(randn(4, 3), u, randn(4, 3, seed=1))
-    d_real = (z + col(u, z) ** 2 * gaussian_score(*REAL, z, u)) / (1 - col(u, z))
+    score = gaussian_score(*REAL, z, u)
+    d_real = (z + u[:, None] ** 2 * score) / (1 - u[:, None])
     assert_close(cdm.clean_estimate(z, u, gaussian_velocity(*REAL)(z, u)), d_real)
 
 
@@ -263,8 +225,8 @@ def test_eqs_3_4_dm_moves_along_the_difference_of_scores():
     (gradient,) = torch.autograd.grad(loss, x0)
 
     z = noised(x0.detach(), u, noise)
-    u = col(u, z)
     s_real, s_fake = gaussian_score(*REAL, z, u), gaussian_score(*FAKE, z, u)
+    u = u[:, None]
     delta = u**2 / (1 - u) * (s_real - s_fake)
     d_real = (z + u**2 * s_real) / (1 - u)
     w = 1 / (d_real - x0.detach()).abs().mean(1, keepdim=True).clamp(min=0.1)

@@ -1,7 +1,8 @@
 """A user's mistake: one sentence, exit code 2, and nothing is written."""
 
 import pytest
-from helpers import DATA, KINDS, SMALL, check_mistake
+from helpers import DATA, SMALL
+from results import check_mistake
 
 import cdm
 
@@ -37,19 +38,13 @@ def test_wrong_flags(flags, word, tmp_path, monkeypatch, capfd):
     check_mistake(capfd, tmp_path, [*DATA, *SMALL, "--output-dir", "out", *flags.split()], word)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_is_not_started_over_another(kind, request, capfd):
-    """--output-dir with a run: the sentence offers --resume."""
-    folder = request.getfixturevalue(kind)
-    flags = [*DATA, *SMALL, *KINDS[kind], "--output-dir", folder]
-    check_mistake(capfd, folder, flags, "--output-dir", "--resume")
-
-
-def test_nor_over_somebodys_files(tmp_path, capfd):
+def test_a_run_is_not_started_over_another(full, tmp_path, capfd):
+    """Nor over somebody's files. The sentence offers --resume."""
     (tmp_path / "thesis.txt").write_text("years of work")
-    flags = [*DATA, *SMALL, "--output-dir", tmp_path]
-    check_mistake(capfd, tmp_path, flags, "--output-dir")
-    check_mistake(capfd, tmp_path, [*flags, "--resume"], "--resume", "no checkpoint")
+    for folder in (full, tmp_path):
+        flags = [*DATA, *SMALL, "--output-dir", folder]
+        check_mistake(capfd, folder, flags, "--output-dir", "--resume")
+    check_mistake(capfd, folder, [*flags, "--resume"], "--resume", "no checkpoint")
 
 
 def test_the_batch_is_a_multiple_of_the_processes(monkeypatch, tmp_path, capfd):

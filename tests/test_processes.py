@@ -2,88 +2,73 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
-from helpers import DATA, KINDS, NEVER, ROOT, SMALL, small_run
+from helpers import DATA, KINDS, ROOT, SMALL, small_run
 from results import assert_same_figures, assert_same_run, checkpoints, log
 
-ENDLESS = [*DATA, *SMALL, "--iterations", NEVER]
+ENDLESS = [*DATA, *SMALL, "--iterations", 10**6]
 
 
 def process(*command, out=subprocess.PIPE, err=subprocess.PIPE):
-    """A process of this Python, which sees no GPU and sums in one thread, as this one does."""
+    """A process of this Python, which sums in one thread, as this one does."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err)
 
 
-def torchrun(*flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return process(*launcher, "cdm.py", *flags)
-
-
-def finish(popen, seconds=240):
-    """Exit code, stdout and stderr of a process, which is not waited for forever."""
+def finish(popen):
+    """Exit code and stderr of a process, which is not waited for forever."""
     try:
-        out, err = popen.communicate(timeout=seconds)
+        err = popen.communicate(timeout=240)[1]
     except subprocess.TimeoutExpired:
         popen.kill()
         raise
-    return popen.returncode, out, err
-
-
-def wait_for(condition, popen, seconds=120):
-    """Wait until a condition holds, while the process runs."""
-    end = time.time() + seconds
-    while time.time() < end and popen.poll() is None:
-        if condition():
-            return
-        time.sleep(0.0005)
-    popen.kill()
-    pytest.fail(f"the moment did not come: {finish(popen)}")
+    return popen.returncode, err
 
 
 def freeze_when(popen, condition):
     """Stop a process (SIGSTOP) at a moment when the condition holds. It may be writing a file."""
-
-    def frozen():
+    end = time.time() + 120
+    while time.time() < end and popen.poll() is None:
+        time.sleep(0.0005)
         if not condition():
-            return False
-        popen.send_signal(signal.SIGSTOP)
+            continue
+        popen.send_signal(SIGSTOP)
         os.waitid(os.P_PID, popen.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if condition():
-            return True
-        popen.send_signal(signal.SIGCONT)
-        return False
+            return
+        popen.send_signal(SIGCONT)
+    popen.kill()
+    pytest.fail(f"the moment did not come: {finish(popen)}")
 
-    wait_for(frozen, popen)
 
-
-def logged(folder):
-    """Whether a run has written the first line of its log."""
+def freeze_after_the_first_log_line(popen, folder):
     file = folder / "log.jsonl"
-    return file.exists() and file.stat().st_size > 0
+    freeze_when(popen, lambda: file.exists() and file.stat().st_size > 0)
 
 
 # --- Jobs: each is a run in other processes, and returns exit code and stderr. ---
 
 
+def torchrun(*flags):
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 cdm.py".split()
+    return finish(process(*launcher, *DATA, *SMALL, "--sample-count", 1, *flags))
+
+
 def begun_by_two(folder):
     """Four iterations of full fine-tuning in two processes."""
-    flags = ["--iterations", 4, "--sample-every", 3, "--sample-count", 1]
-    return finish(torchrun(*DATA, *SMALL, *flags, "--output-dir", folder))
+    return torchrun("--iterations", 4, "--sample-every", 3, "--output-dir", folder)
 
 
 def ended_by_two(folder):
     """The last iterations of a LoRA run, in two processes."""
-    flags = [*KINDS["lora"], "--resume", "--sample-every", 5, "--sample-count", 1]
-    return finish(torchrun(*DATA, *SMALL, *flags, "--output-dir", folder))
+    return torchrun(*KINDS["lora"], "--resume", "--sample-every", 5, "--output-dir", folder)
 
 
 def terminated(folder):
@@ -91,9 +76,9 @@ def terminated(folder):
     folder.with_suffix(".alone").mkdir()
     copy = shutil.copy(ROOT / "cdm.py", folder.with_suffix(".alone"))
     popen = process(copy, *ENDLESS, "--output-dir", folder)
-    freeze_when(popen, lambda: logged(folder))
-    popen.send_signal(signal.SIGTERM)
-    popen.send_signal(signal.SIGCONT)
+    freeze_after_the_first_log_line(popen, folder)
+    popen.send_signal(SIGTERM)
+    popen.send_signal(SIGCONT)
     return finish(popen)
 
 
@@ -102,19 +87,20 @@ def piped(folder):
     read, write = os.pipe()
     popen = process("cdm.py", *ENDLESS, "--output-dir", folder, out=write, err=write)
     os.close(write)
-    freeze_when(popen, lambda: logged(folder))
+    freeze_after_the_first_log_line(popen, folder)
     os.close(read)
-    popen.send_signal(signal.SIGINT)
-    popen.send_signal(signal.SIGCONT)
+    popen.send_signal(SIGINT)
+    popen.send_signal(SIGCONT)
     return finish(popen)
 
 
 def terminated_twice(folder):
     """SIGTERM in a long iteration, and again each second until the process ends."""
     popen = process("cdm.py", *ENDLESS, "--batch-size", 512, "--output-dir", folder)
-    wait_for(lambda: (folder / "samples").exists(), popen)
+    freeze_when(popen, (folder / "samples").exists)
+    popen.send_signal(SIGCONT)
     while popen.poll() is None:
-        popen.send_signal(signal.SIGTERM)
+        popen.send_signal(SIGTERM)
         time.sleep(1)
     return finish(popen)
 
@@ -128,18 +114,14 @@ def killed(folder):
 
 
 @pytest.fixture(scope="module")
-def ended(work, full, lora):
+def ended(work, lora):
     """{name of a job: its folder, exit code and stderr}. Two jobs run at a time, for two cores."""
     half = shutil.copytree(lora, work / "ended_by_two")
     shutil.rmtree(half / "checkpoint_000006")
     jobs = [begun_by_two, ended_by_two, terminated, piped, terminated_twice, killed]
-    folders = [work / job.__name__ for job in jobs]
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job, folder: job(folder), jobs, folders)
-        found = {}
-        for job, folder, (code, _, err) in zip(jobs, folders, results, strict=True):
-            found[job.__name__] = Path(folder), code, err
-    return found
+        futures = {job.__name__: pool.submit(job, work / job.__name__) for job in jobs}
+    return {name: (work / name, *future.result()) for name, future in futures.items()}
 
 
 # --- Two processes: FSDP2 on this CPU. ---
@@ -148,12 +130,11 @@ def ended(work, full, lora):
 def test_two_processes_are_one_run_and_one_goes_on(ended, full):
     """Two processes with 2 samples each log the figures of one with 4, which then continues.
 
-    Its grids are drawn with the EMA's weights, which must not stay on any rank.
+    Each has saved its half. The EMA's weights, which draw grids, have not stayed on any rank.
     """
     folder, code, err = ended["begun_by_two"]
     assert code == 0, err[-3000:]
     assert_same_figures(log(folder), log(full)[:2])
-    # Each process has saved its half.
     sizes = [file.stat().st_size for file in folder.glob("checkpoint_000004/*.distcp")]
     whole = (full / "checkpoint_000004" / "__0_0.distcp").stat().st_size
     assert len(sizes) == 2
@@ -183,7 +164,7 @@ def test_sigterm_saves_and_exports_and_the_run_goes_on(ended, full):
     assert code == 0 and "Traceback" not in err, err
     (checkpoint,) = checkpoints(folder)
     assert checkpoint < "checkpoint_000006"
-    assert (folder / "student" / "config.json").exists()
+    assert (folder / "student" / "README.md").exists()
     small_run(folder, "--resume")
     assert_same_run(folder, full)
 
@@ -192,20 +173,20 @@ def test_ctrl_c_with_a_closed_pipe_saves_and_exports(ended):
     folder, _, _ = ended["piped"]
     (checkpoint,) = checkpoints(folder)
     assert checkpoint < "checkpoint_000006"
-    assert (folder / "student" / "config.json").exists()
+    assert (folder / "student" / "README.md").exists()
 
 
 def test_a_second_signal_ends_the_run(ended):
     """At once, by the signal's own way, with nothing saved."""
     folder, code, _ = ended["terminated_twice"]
-    assert code == -signal.SIGTERM
+    assert code == -SIGTERM
     assert checkpoints(folder) == []
 
 
 def test_kill_9_in_the_middle_of_a_save(ended, full):
     """--resume ends with the bits of the uninterrupted run, and nothing half written."""
     folder, code, _ = ended["killed"]
-    assert code == -signal.SIGKILL
+    assert code == -SIGKILL
     assert (folder / "unfinished").exists()
     small_run(folder, "--resume")
     assert_same_run(folder, full)

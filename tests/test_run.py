@@ -8,21 +8,10 @@ import shutil
 
 import pytest
 import torch
-from helpers import (
-    DATA,
-    PROMPTS,
-    ROOT,
-    SMALL,
-    check_mistake,
-    load_family,
-    run,
-    small_run,
-    snapshot,
-    watch,
-)
+from helpers import DATA, PROMPTS, ROOT, SMALL, load_family, run, small_run, watch
 from pictures import grid, readme_picture, sample_noise
 from reference import differences
-from results import assert_same_figures, assert_same_run, checkpoints, log, tensors
+from results import assert_same_figures, assert_same_run, check_mistake, checkpoints, log, tensors
 
 import cdm
 
@@ -39,28 +28,37 @@ def test_readmes_first_command_runs(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "samples" / "step_000002.png").exists()
 
 
-def test_an_iteration_gets_its_prompts_and_draws(tmp_path, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts of each call of encode()."""
+    lists = []
+    encode = cdm.Family.encode
+
+    def watched(family, prompts):
+        lists.append(prompts)
+        return encode(family, prompts)
+
+    monkeypatch.setattr(cdm.Family, "encode", watched)
+    return lists
+
+
+def test_an_iteration_gets_its_prompts_and_draws(asked, tmp_path, monkeypatch):
     """The Draw of (seed, k) at the teacher's shift, prompts drawn anew, one empty prompt."""
     calls = []
     watch(monkeypatch, calls.append)
-    flags = ["--iterations", 6, "--micro-batch-size", 3, "--seed", 5, "--time-low", 0.3]
+    flags = ["--micro-batch-size", 3, "--seed", 5, "--time-low", 0.3, "--fake-lr", 2e-3]
     small_run(tmp_path / "run", *flags)
+    prompts = [x for x in asked if len(x) == 4]
+    assert len(set(map(tuple, prompts))) == 6
+    assert set(sum(prompts, [])) == set(PROMPTS)
     family = load_family()
-    texts = list(family.encode(PROMPTS)[0])
-    chosen = []
     for k, call in enumerate(calls, 1):
         assert (call.k, call.micro_batch, call.cfg.time_low) == (k, 3, 0.3)
+        assert (call.student.lr, call.fake_score.lr) == (3e-3, 2e-3)
         want = cdm.draw_iteration(call.cfg, 5, k, 4, family.shape, 3.0)
         assert differences(call.draw, want) == set()
+        assert all(map(torch.equal, call.cond, family.encode(prompts[k - 1])))
         assert all(map(torch.equal, call.uncond, family.uncond))
-        chosen.append([])
-        for row in call.cond[0]:
-            distances = torch.stack([(row - text).abs().max() for text in texts])
-            assert distances.min() < 1e-5
-            chosen[-1].append(int(distances.argmin()))
-    assert len(calls) == 6
-    assert len(set(map(tuple, chosen))) == 6
-    assert set(sum(chosen, [])) == set(range(len(PROMPTS)))
 
 
 # --- Resume. ---
@@ -100,12 +98,21 @@ OTHERS = "--alpha 2, --schedule fixed, --warmup 5, --teacher other, --prompts ot
 OTHERS += ", --seed 1, --batch-size 8, --resolution 16, --lora-rank 4, --weights bfloat16"
 
 
+def read_checkpoint(folder, flags):
+    """What --resume does first: it compares settings, and reads the newest checkpoint."""
+    resumed = [*DATA, *SMALL, "--output-dir", str(folder), "--resume", *flags.split()]
+    return cdm.resume({}, cdm.parse_args(resumed))
+
+
+def test_resume_takes_the_newest_checkpoint(full):
+    assert read_checkpoint(full, "") == 6
+
+
 @pytest.mark.parametrize("flags", OTHERS.split(", "))
 def test_resume_of_another_run_is_refused(flags, full, capfd):
     """A run of seed 0 resumed with `--seed 1` would be neither the one nor the other."""
-    resumed = [*DATA, *SMALL, "--output-dir", str(full), "--resume", *flags.split()]
     with pytest.raises(SystemExit) as end:
-        cdm.resume({}, cdm.parse_args(resumed))
+        read_checkpoint(full, flags)
     assert end.value.code == 2
     assert f"cdm.py: --resume: {flags.split()[0]} is " in capfd.readouterr().err
 
@@ -184,31 +191,26 @@ def test_grids(full):
     """
     names = [path.name for path in sorted((full / "samples").iterdir())]
     assert names == ["step_000000.png", "step_000003.png", "step_000006.png"]
-    pictures = {}
-    for k in (0, 3, 6):
-        rows = grid(full, k, rows=5, count=2, side=32)
-        pictures[k] = [[image.tobytes() for image in row] for row in rows]
-    for k in (3, 6):
-        for row in (0, 1, 3):
-            assert pictures[k][row] == pictures[0][row]
-        for row in (2, 4):
-            assert pictures[k][row] != pictures[k - 3][row]
-    assert pictures[0][2] == pictures[0][1]
-    assert pictures[0][4] == pictures[0][3]
+    start, *later = [grid(full, k, rows=5, count=2, side=32) for k in (0, 3, 6)]
+    assert (start[2], start[4]) == (start[1], start[3])
+    for before, rows in zip([start, *later], later, strict=False):
+        for y in (0, 1, 3):
+            assert rows[y] == start[y]
+        for y in (2, 4):
+            assert rows[y] != before[y]
 
 
 def test_students_along_the_way(tmp_path):
     """--export-every 2 keeps them all, each like student/ after as many iterations."""
-    flags = ["--iterations", 4, "--export-every", 2]
-    folder = small_run(tmp_path / "run", *flags)
-    two, four = sorted((folder / "students").iterdir())
-    assert (two.name, four.name) == ("step_000002", "step_000004")
-    weights = "diffusion_pytorch_model.safetensors"
-    assert snapshot(four)[weights] == snapshot(folder / "student")[weights]
-    assert snapshot(two)[weights] != snapshot(four)[weights]
+    folder = small_run(tmp_path / "run", "--iterations", 4, "--export-every", 2)
+    paths = sorted((folder / "students").iterdir())
+    assert [path.name for path in paths] == ["step_000002", "step_000004"]
+    file = "diffusion_pytorch_model.safetensors"
+    two, four, last = ((path / file).read_bytes() for path in (*paths, folder / "student"))
+    assert two != four == last
 
 
-def test_a_file_of_prompts_and_another_size(tmp_path, monkeypatch):
+def test_a_file_of_prompts_and_another_size(asked, tmp_path):
     """A byte order mark, blank lines, blanks, CRLF and duplicates are tolerated.
 
     student/README.md draws at the size that was trained. Its code holds any prompt.
@@ -216,14 +218,6 @@ def test_a_file_of_prompts_and_another_size(tmp_path, monkeypatch):
     prompts = ['a "quoted" cat, it\'s \\ and {braces}', "日本の狐"]
     text = "\ufeff{0}\r\n\r\n  {1} \n\n{0}\n".format(*prompts)
     (tmp_path / "prompts.txt").write_bytes(text.encode())
-    asked = []
-    encode = cdm.Family.encode
-
-    def watched(family, prompts):
-        asked.append(prompts)
-        return encode(family, prompts)
-
-    monkeypatch.setattr(cdm.Family, "encode", watched)
     flags = ["--prompts", tmp_path / "prompts.txt", "--resolution", 16, "--iterations", 1]
     folder = small_run(tmp_path / "run", *flags, "--sample-count", 3)
     assert [*prompts, prompts[0]] in asked
