@@ -373,7 +373,7 @@ def draw_iteration(figure, asked):
     axes[4].plot(*torch.stack([x_t, x_off]).permute(2, 0, 1), "k:")
     axes[5].plot(*torch.stack([x_off, x0_off]).permute(2, 0, 1), "C0-")
     for ax in (axes[0], axes[1], axes[4]):
-        ax.plot(*x_t.T, "ks", label="anchor: it stops here")
+        ax.plot(*x_t.T, "ks", label="anchor: it stops here, some at once")
     for ax in (axes[4], axes[5]):
         ax.plot(*x_off.T, "kD", mfc="white", label="off-trajectory point")
     axes[1].plot(*x0_hat.T, "C0o", label=r"student's clean estimate $\hat x_0$")
@@ -394,7 +394,8 @@ def draw_all(folder, results, mixture, every):
         figure.savefig(folder / f"toy_{name}.png")
 
     _, models, asked = results["shared", "CA + DM + CDM"][0]
-    draw("iteration", 6.6, "One iteration of CDM, eight samples of a class", draw_iteration, asked)
+    title = "One iteration of CDM: eight samples of a class. Grey: the data"
+    draw("iteration", 7.6, title, draw_iteration, asked)
     draw("ideas", 5.5, "Where students are trained, and how they do", draw_ideas, results, mixture)
     title = "On the fixed schedule (top), and off it. Grey: the data"
     rows = [[(mixture, method, grid) for method in LINES] for grid in ("4 steps", OTHER)]
