@@ -2,8 +2,10 @@
 
 import inspect
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import cdm
 
@@ -24,11 +26,12 @@ KINDS = {"full": [], "lora": "--lora-rank 4 --student-lr 1e-1".split()}
 def run(*flags):
     """`python cdm.py *flags` in this process. main() sets signal handlers. They are put back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        cdm.main([str(flag) for flag in flags])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with mock.patch.object(sys, "argv", ["cdm.py"]):  # argparse names it
+        try:
+            cdm.main([str(flag) for flag in flags])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def small_run(folder, *flags):

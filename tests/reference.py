@@ -144,10 +144,7 @@ def dm_by_hand(x0_hat, teacher, fake, cond, tau, noise):
 
 @torch.no_grad()
 def rollout(model, noise, times, cond):
-    """Euler's method for all samples to t = 0.
-
-    Returns x and v at each of the N times, (N, B, ...), and the end point, (B, ...).
-    """
+    """Euler's method for all samples. Returns x and v at each of the N times, (N, B, ...)."""
     xs, vs = [], []
     x = noise
     for t, s in zip(times, [*times[1:], 0.0], strict=True):
@@ -155,7 +152,7 @@ def rollout(model, noise, times, cond):
         xs.append(x)
         vs.append(v)
         x = x + (float(s) - float(t)) * v
-    return torch.stack(xs), torch.stack(vs), x
+    return torch.stack(xs), torch.stack(vs)
 
 
 def adamw_by_hand(params, gradients, lr, decay, clip, warmup):
@@ -231,7 +228,7 @@ class World:
     def anchors(self, k, student):
         """x_{t_i}, t_i and v of iteration k for a student, from a full rollout."""
         cond, _, d = self.draw(k)
-        x, v, _ = rollout(student, d.noise["start"], d.schedule, cond)
+        x, v = rollout(student, d.noise["start"], d.schedule, cond)
         rows = torch.arange(self.batch)
         return x[d.index, rows], d.schedule[d.index].double(), v[d.index, rows]
 

@@ -26,8 +26,8 @@ def check_mistake(capfd, folder, flags, *words):
     out, err = capfd.readouterr()
     assert end.value.code == 2
     assert snapshot(folder) == before
-    sentence = err.splitlines()[-1]  # argparse prints the usage first, and pytest's own name
-    assert sentence.startswith(("cdm.py: ", "__main__.py: ")) and out == "", err
+    sentence = err.splitlines()[-1]  # argparse prints the usage first
+    assert sentence.startswith("cdm.py: ") and out == "", err
     for word in words:
         assert word in sentence, (word, sentence)
 

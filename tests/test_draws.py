@@ -55,10 +55,6 @@ def test_sec_3_2_number_of_steps_is_uniform():
         assert_uniform(torch.tensor([len(times) - 1 for times in schedules]), 28)
 
 
-# Inner times before the shift, the shift, and where the shift takes them.
-RANGES = [(0.25, 0.95, 3, 0.5, 0.98276), (0.02, 0.98, 1, 0.02, 0.98)]
-
-
 def many_schedules(low, high, shift, stratified):
     """300 schedules, and the inner times of each in [0, 1]: ascending, with the shift undone."""
     gen = torch.Generator().manual_seed(1)
@@ -69,21 +65,17 @@ def many_schedules(low, high, shift, stratified):
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-@pytest.mark.parametrize("low, high, shift, least, most", RANGES)
-def test_sec_3_2_schedules_descend_from_1_and_are_uniform(
-    low, high, shift, least, most, stratified
-):
+@pytest.mark.parametrize("low, high, shift", [(0.25, 0.95, 3), (0.02, 0.98, 1)])
+def test_sec_3_2_schedules_descend_from_1_and_are_uniform(low, high, shift, stratified):
     """The inner times fill the shifted [low, high], uniformly before the shift."""
     inner = []
     for times, u in many_schedules(low, high, shift, stratified):
         assert times[0] == 1
         assert (times.diff() < 0).all()
-        assert (times[1:] > least - 1e-5).all()
-        assert (times[1:] < most + 1e-5).all()
         inner.append(u)
     u = torch.cat(inner)
-    assert u.min() < 0.02
-    assert u.max() > 0.98
+    assert -1e-5 < u.min() < 0.02
+    assert 0.98 < u.max() < 1 + 1e-5
     assert_uniform((u * 25).long().clamp(0, 24), 25)
 
 
@@ -151,7 +143,7 @@ def test_sec_3_2_simulation_is_a_full_rollout_at_the_anchors(n, shape):
     assert student.evaluations(grad=True) == 0
     assert not any(getattr(anchor, f.name).requires_grad for f in fields(anchor))
 
-    x, v, _ = rollout(student, noise, schedule, cond)
+    x, v = rollout(student, noise, schedule, cond)
     rows = torch.arange(len(index))
     assert_close(anchor.x_t, x[index, rows])
     assert_close(anchor.t, schedule[index])

@@ -187,7 +187,8 @@ def test_kill_9_in_the_middle_of_a_save(ended, full):
     """--resume ends with the bits of the uninterrupted run, and nothing half written."""
     folder, code, _ = ended["killed"]
     assert code == -SIGKILL
-    assert (folder / "unfinished").exists()
+    (folder / "unfinished" / "__1_0.distcp").touch()  # as if of a second process
     small_run(folder, "--resume")
     assert_same_run(folder, full)
     assert not (folder / "unfinished").exists()
+    assert not list(folder.rglob("__1_0.distcp"))
