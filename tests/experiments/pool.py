@@ -1,10 +1,9 @@
 """Why guidance ends in the wrong modes: variants of CA + DM on the toy's mixture "shared".
 
-    python tests/experiments/pool.py --seeds 5     # 25 minutes of one core; draws toy_pool.png
+    python tests/experiments/pool.py --seeds 5     # 15 minutes of a core; draws toy_pool.png
 
-It prints the share of shared modes by the anchor's time t. "warm": from student and fake score of
-1,000 iterations of L_DM. "free tau": t does not bound L_CA's tau. "guided L_CDM": a control, with
-the guided teacher in L_CDM. These are settings of this experiment, not flags of cdm.py.
+"warm": from student and fake score of 1,000 iterations of L_DM. "free tau": the anchor's time does
+not bound L_CA's tau. "guided L_CDM": with a guided teacher. These are no flags of cdm.py.
 """
 
 import argparse
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import cdm
 import toy_2d as toy
 
+torch.set_num_threads(1)
 MIX = toy.MIXTURES["shared"]
 VARIANTS = (
     "CA + DM",
@@ -30,6 +30,7 @@ VARIANTS = (
     "CA + DM + CDM",
     "CA + DM + CDM, warm, free tau",
     "CA + DM + CDM, guided L_CDM",
+    "CA + DM + CDM, warm, free tau, guided L_CDM",
 )
 
 
@@ -102,7 +103,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1)
     seeds = range(parser.parse_args().seeds)
-    torch.set_num_threads(1)
     for variant in VARIANTS:
         runs = []
         for seed in seeds:
