@@ -73,7 +73,7 @@ def test_eq_7_its_ablations_in_numbers():
     assert off_trajectory(0.25, cdm_point="renoise") == (5, 0.25)
 
 
-# --- Eqs. 3-4 and L_fake in numbers. ---
+# --- Eqs. 3-4, L_CDM and L_fake in numbers. ---
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,15 @@ def test_eqs_3_4_dm_in_numbers(v_c, w, delta, value, slope):
     assert w_used.item() == w
     assert loss.item() == value == (w * delta) ** 2
     assert torch.autograd.grad(loss, x0_hat)[0].item() == slope == -2 * w * delta
+
+
+def test_sec_3_3_cdm_in_numbers():
+    """At Eq. 7's 5.5 and t' = 3/4, a student's v = 6 gives x0_hat = 1, where L_CDM is L_DM's 4."""
+    x, t = off_trajectory(0.75)
+    x0_hat = cdm.clean_estimate(number(x), torch.tensor([t]), number(6.0))
+    args = (velocity_is_cond, velocity_is_one, (number(-3.0),), HALF, number(0.0))
+    assert x0_hat.item() == 1
+    assert cdm.dm_loss(x0_hat, *args)[0].item() == 4
 
 
 def test_fake_score_loss_in_numbers():
