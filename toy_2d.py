@@ -315,14 +315,15 @@ def draw_ideas(figure, results, mixture):
             ax.plot(draw.schedule, [k] * len(draw.schedule), LINES[method])
         ax.set(title=f"{method}: trained\n{caption}", xlabel="t (1 noise, 0 data)")
         ax.set(xlim=(1.05, -0.05), xticks=(1, 0.75, 0.5, 0.25, 0), ylabel="iteration")
-    for ax, metric in zip(bottom, ("tv", "artifacts", "spread"), strict=True):
+    words = ("total variation to the data", "share far from every mode", "spread, 1 for the data")
+    for ax, metric, title in zip(bottom, ("tv", "artifacts", "spread"), words, strict=True):
         for i, (method, style) in enumerate(LINES.items()):
             mean, std = mean_and_std(results[mixture, method], metric, GRIDS)
             x = torch.arange(len(GRIDS)) + 0.08 * (i - 1.5)  # so that no method hides another
             ax.errorbar(x, mean, std, fmt=style, elinewidth=0.7, label=method)
             ax.plot(x[:-1], mean[:-1], style[:2])  # other times have no place in the order
         ax.set_xticks(range(len(GRIDS)), [*"123468", "4 other\ntimes"])
-        ax.set(title=metric, xlabel="sampling steps")
+        ax.set(title=title, xlabel="sampling steps")
     figure.legend(*bottom[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
@@ -334,12 +335,12 @@ def draw_loss(ax, x0_hat, real, other, marker, name):
     links = torch.stack([x0_hat[most], z[most], d_real[most], z[most], d_other[most]])
     ax.plot(*links.permute(2, 0, 1), "C7:")
     ax.plot(*x0_hat.T, "C0o", label=r"student's clean estimate $\hat x_0$")
-    ax.plot(*z[most].T, "C0o", mfc="white", label=r"$z$: $\hat x_0$ noised again (of two)")
+    ax.plot(*z[most].T, "C0o", mfc="white", label=r"$z$: two $\hat x_0$ noised again (dotted)")
     ax.plot(*d_real[most].T, "C2^", label="teacher's clean estimate from $z$")
     ax.plot(*d_other[most].T, marker, label=name)
     arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.012, "color": "C3"}
-    ax.quiver(*d_other[most].T, *delta[most].T, alpha=0.3, **arrows)
-    ax.quiver(*x0_hat.T, *delta.T, zorder=3, label=r"push on $\hat x_0$: from ▼ to ▲", **arrows)
+    ax.quiver(*d_other[most].T, *delta[most].T, alpha=0.3, label="from ▼ to ▲", **arrows)
+    ax.quiver(*x0_hat.T, *delta.T, zorder=3, label=r"the same, as a push on $\hat x_0$", **arrows)
 
 
 def draw_iteration(figure, asked):
@@ -347,8 +348,8 @@ def draw_iteration(figure, asked):
     titles = (
         "1. Follow the student's path to an anchor\nbackward_simulation, sec. 3.2",
         "2. From there, jump straight to t = 0\nclean_estimate, Eq. 1",
-        "3. L_CA: push by what the class changes\nca_loss, Eqs. 3-4",
-        "4. L_DM: push from fake score to teacher\ndm_loss, Eqs. 3-4",
+        "3. L_CA, guidance: what the class changes\nca_loss, Eqs. 3-4",
+        "4. L_DM: from the fake score to the teacher\ndm_loss, Eqs. 3-4",
         "5. Along the line of 2, to any time t'\noff_trajectory_point, Eq. 7",
         "6. L_CDM: jump from there, push as in 4\ndm_loss, sec. 3.3",
     )
@@ -377,11 +378,9 @@ def draw_iteration(figure, asked):
     for ax in (axes[4], axes[5]):
         ax.plot(*x_off.T, "kD", mfc="white", label="off-trajectory point")
     axes[1].plot(*x0_hat.T, "C0o", label=r"student's clean estimate $\hat x_0$")
-    draw_loss(axes[2], x0_hat, ca, ca_empty, "C1v", "the same without the class")
-    draw_loss(axes[3], x0_hat, dm, fake, "C4v", "fake score's: it learns the student's data")
-    draw_loss(
-        axes[5], x0_off, dm_off, fake_off, "C4v", "fake score's: it learns the student's data"
-    )
+    draw_loss(axes[2], x0_hat, ca, ca_empty, "C1v", "teacher's without the class")
+    draw_loss(axes[3], x0_hat, dm, fake, "C4v", "fake score's, for student data")
+    draw_loss(axes[5], x0_off, dm_off, fake_off, "C4v", "fake score's, for student data")
     for ax in axes:
         ax.legend(loc="lower left")
 
@@ -389,18 +388,19 @@ def draw_iteration(figure, asked):
 def draw_all(folder, results, mixture, every):
     def draw(name, height, title, function, *options):
         figure = Figure((9, height), dpi=160)
-        figure.suptitle(title)
+        figure.suptitle(title, size=11)
         function(figure, *options)
         figure.savefig(folder / f"toy_{name}.png")
 
     _, models, asked = results["shared", "CA + DM + CDM"][0]
     title = "One iteration of CDM: eight samples of a class. Grey: the data"
+    title += "\nThe student is pushed by 3, 4 and 6. The fake score learns the estimates of 2"
     draw("iteration", 7.6, title, draw_iteration, asked)
     draw("ideas", 5.5, "Where students are trained, and how they do", draw_ideas, results, mixture)
     title = "On the fixed schedule (top), and off it. Grey: the data"
     rows = [[(mixture, method, grid) for method in LINES] for grid in ("4 steps", OTHER)]
     draw("samples", 6.8, title, draw_samples, results, rows, ("tv", "artifacts", "spread"))
-    title = "The left and right modes belong to both classes. CA alone leaves the picture"
+    title = "Left and right: modes of both classes, where CA + DM ends. CA alone leaves the picture"
     panels = [("shared", teacher, "200 steps") for teacher in TEACHERS]
     panels += [("shared", method, "4 steps") for method in GUIDED]
     guided = panels[:3], panels[3:]
@@ -444,12 +444,6 @@ def main():
         parser.error("it needs a seed and two iterations")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    results = {}
-    for mixture in (args.mixture, "shared"):
-        for teacher, scale in TEACHERS.items():
-            velocity = partial(MIXTURES[mixture].guided_velocity, scale)
-            metrics = evaluate(velocity, MIXTURES[mixture], size["samples"], ALL_GRIDS)
-            results[mixture, teacher] = [(metrics, [velocity], {})]
     # The networks are too small for more than one thread.
     pool = ProcessPoolExecutor(None, get_context("spawn"), torch.set_num_threads, (1,))
     plan = [(args.mixture, method, settings) for method, settings in METHODS.items()]
@@ -458,6 +452,12 @@ def main():
     for seed in range(args.seeds):
         for mixture, method, settings in plan:
             jobs.append((mixture, method, pool.submit(train, mixture, settings, seed, size)))
+    results = {}
+    for mixture, grids in {args.mixture: GRIDS, "shared": ALL_GRIDS}.items():  # as they train
+        for teacher, scale in TEACHERS.items():
+            velocity = partial(MIXTURES[mixture].guided_velocity, scale)
+            metrics = evaluate(velocity, MIXTURES[mixture], size["samples"], grids)
+            results[mixture, teacher] = [(metrics, [velocity], {})]
     for mixture, method, job in tqdm(jobs, "training", unit="model"):
         results.setdefault((mixture, method), []).append(job.result())
 
