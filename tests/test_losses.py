@@ -67,7 +67,7 @@ def test_eq_7_in_numbers():
 
 
 def test_eq_7_its_ablations_in_numbers():
-    """ "anchor" stays at 5, t_i = 1/2. "renoise" noises D = 4 with 8: 7 at t' = 3/4, else 5."""
+    """The point "anchor" stays at 5, t_i = 1/2. "renoise" noises D = 4 with 8: 7 at t' = 3/4."""
     assert off_trajectory(0.75, cdm_point="anchor") == (5, 0.5)
     assert off_trajectory(0.75, cdm_point="renoise") == (7, 0.75)
     assert off_trajectory(0.25, cdm_point="renoise") == (5, 0.25)
@@ -76,10 +76,11 @@ def test_eq_7_its_ablations_in_numbers():
 # --- Eqs. 3-4, L_CDM and L_fake in numbers. ---
 
 
-@pytest.mark.parametrize(
-    "v_c, w, delta, value, slope",
-    [(-3.0, 1, 3, 9, -6), (-1.0, 10, 1, 100, -20)],
-)
+CA = [(-3.0, 1, 3, 9, -6), (-1.0, 10, 1, 100, -20)]
+DM = [(-3.0, 1, 2, 4, -4), (-1.0, 10, 1, 100, -20)]
+
+
+@pytest.mark.parametrize("v_c, w, delta, value, slope", CA)
 def test_eqs_3_4_ca_in_numbers(v_c, w, delta, value, slope):
     """delta = alpha (D_real - D_empty), here 2 (2 - 1/2) and 2 (1 - 1/2)."""
     x0_hat = number(1.0).requires_grad_()
@@ -88,9 +89,6 @@ def test_eqs_3_4_ca_in_numbers(v_c, w, delta, value, slope):
     assert w_used.item() == w
     assert loss.item() == value == (w * delta) ** 2
     assert torch.autograd.grad(loss, x0_hat)[0].item() == slope == -2 * w * delta
-
-
-DM = [(-3.0, 1, 2, 4, -4), (-1.0, 10, 1, 100, -20)]
 
 
 @pytest.mark.parametrize("v_c, w, delta, value, slope", DM)
