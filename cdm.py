@@ -4,7 +4,7 @@ CDM distils a flow-matching text-to-image model into a generator that needs 4 st
 prompts alone: no images, no GAN, no reward. Teachers: SD3-Medium and LongCat-Image.
 
     python cdm.py --teacher stabilityai/stable-diffusion-3-medium       # one GPU of 80 GB
-    python cdm.py --teacher ... --lora-rank 64                          # one GPU of 24 GB
+    python cdm.py --teacher ... --lora-rank 64 --offload-text-encoders  # one GPU of 24 GB
     torchrun --standalone --nproc_per_node=8 cdm.py --teacher ...       # many GPUs, FSDP2
 
 Section 1 is the algorithm, in torch alone and for any model; toy_2d.py imports it.
