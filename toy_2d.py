@@ -443,8 +443,8 @@ def main():
     if args.seeds < 1 or size["iterations"] < 2:
         parser.error("it needs a seed and two iterations")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the networks are too small for more
 
-    # The networks are too small for more than one thread.
     pool = ProcessPoolExecutor(None, get_context("spawn"), torch.set_num_threads, (1,))
     plan = [(args.mixture, method, settings) for method, settings in METHODS.items()]
     plan += [("shared", method, settings) for method, settings in GUIDED.items()]

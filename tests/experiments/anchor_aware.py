@@ -1,6 +1,6 @@
 """A worked example of changing the method: a fake score that is told the anchor's time.
 
-    python tests/experiments/anchor_aware.py             # five seeds, 30 minutes of one core
+    python tests/experiments/anchor_aware.py             # five seeds, 15 minutes of a core
     python tests/experiments/anchor_aware.py --seeds 1
 
 NOT IN THE PAPER. In CDM one fake score serves all anchors. L_DM is content when the clean estimates
