@@ -1,6 +1,7 @@
 """Pictures: of sample grids, of student/README.md, of diffusers."""
 
 import inspect
+from functools import partial
 
 import torch
 from PIL import Image, ImageChops
@@ -61,7 +62,7 @@ def check_sampling(family, prompt, steps, draw):
 
     The pipeline is given the times before their shift, such as 1, 0.75, 0.5, 0.25.
     """
-    model = cdm.partial(family.predict, family.pipe.transformer)
+    model = partial(family.predict, family.pipe.transformer)
     noise, cond = sample_noise(family), family.encode([prompt])
     sigmas = [1 - i / steps for i in range(steps)]
     latents = cdm.sample(model, noise, cdm.sampling_times(steps, family.shift), cond)

@@ -58,17 +58,18 @@ def freeze_after_the_first_log_line(popen, folder):
 
 def torchrun(*flags):
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 cdm.py".split()
-    return finish(process(*launcher, *DATA, *SMALL, "--sample-count", 1, *flags))
+    return finish(process(*launcher, *DATA, *SMALL, *flags))
 
 
 def begun_by_two(folder):
-    """Four iterations of full fine-tuning in two processes."""
-    return torchrun("--iterations", 4, "--sample-every", 3, "--output-dir", folder)
+    """Four iterations of full fine-tuning in two processes, with a grid after the third."""
+    grids = ["--sample-every", 3, "--sample-count", 1]
+    return torchrun("--iterations", 4, *grids, "--output-dir", folder)
 
 
 def ended_by_two(folder):
     """The last iterations of a LoRA run, in two processes."""
-    return torchrun(*KINDS["lora"], "--resume", "--sample-every", 5, "--output-dir", folder)
+    return torchrun(*KINDS["lora"], "--resume", "--output-dir", folder)
 
 
 def terminated(folder):
