@@ -377,7 +377,6 @@ def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg,
 
     # Backward simulation (sec. 3.2): each sample to its anchor, without gradient.
     anchor = backward_simulation(student.model, noise["start"], draw.schedule, draw.index, cond)
-    x_off, t_off = off_trajectory_point(anchor, draw, cfg)
 
     # Fake score, in every iteration: flow matching on the student's clean estimates, Eq. 1 with the
     # recorded velocity. share: a part's fraction of the batch, whose mean the parts add up to.
@@ -396,6 +395,7 @@ def cdm_iteration(k, cond, uncond, draw, teacher, student, fake_score, ema, cfg,
         return stats
 
     # Student, in every R-th iteration: L = L_CA + L_DM + L_CDM, one graph in memory at a time.
+    x_off, t_off = off_trajectory_point(anchor, draw, cfg)
     for rows in parts:
         # L_CA and L_DM at the anchor, from one evaluation of the student.
         c = take(cond, rows)
